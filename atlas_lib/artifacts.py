@@ -1,0 +1,116 @@
+"""Hand-over between stages: a folder a stage, its manifest written last, every file hashed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atlas_lib import runtime
+
+MANIFEST = "manifest.json"
+KAGGLE_INPUT = Path("/kaggle/input")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary file and rename it."""
+    write_lines(path, [json.dumps(value, indent=1, ensure_ascii=False)])
+
+
+def write_jsonl(path: Path, rows: Any) -> None:
+    """Write one JSON object a line, streamed, to a temporary file and rename it."""
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def write_lines(path: Path, lines: Any) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a .jsonl file. Raises ValueError that names file and line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+    return rows
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def stage(name: str, config: Any, out: Path, inputs: list[Path] = ()) -> Iterator[Path]:
+    """The folder of stage `name`; its manifest is written last, if nothing went wrong in between.
+
+    `inputs` are the folders of the stages it read; their manifests are recorded by hash.
+    """
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    yield folder
+    write_json(
+        folder / MANIFEST,
+        {
+            "stage": name,
+            "config_digest": config.digest(name),
+            "relevant": config.relevant(name),
+            "inputs": {path.name: sha256(path / MANIFEST) for path in inputs},
+            "outputs": {
+                path.relative_to(folder).as_posix(): sha256(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and not path.name.endswith(".part")
+            },
+            **runtime.provenance(),
+        },
+    )
+
+
+def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) -> dict:
+    """The manifest of a finished stage that fits `config`, its files intact. Raises ValueError.
+
+    `upstream` maps a stage's name to the folder that should be recorded as its input.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    name, there = manifest["stage"], manifest["relevant"]
+    here = json.loads(json.dumps(config.relevant(name)))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            raise ValueError(
+                f"{folder} does not fit this run: {key} is {there.get(key)!r} there and "
+                f"{here.get(key)!r} here; run {name} again, or choose another OUT."
+            )
+    for file, digest in manifest["outputs"].items():
+        if not (folder / file).is_file() or sha256(folder / file) != digest:
+            raise ValueError(f"{folder / file} is not the file {name} wrote; run {name} again.")
+    for input_name, path in (upstream or {}).items():
+        if manifest["inputs"].get(input_name) != sha256(path / MANIFEST):
+            raise ValueError(f"{folder} was made from another {input_name} than {path}; run {name} again.")
+    return manifest
+
+
+def find(name: str, out: Path) -> Path | None:
+    """The folder of finished stage `name`: in `out`, else anywhere below /kaggle/input."""
+    candidates = [out / name / MANIFEST, *sorted(KAGGLE_INPUT.rglob(f"{name}/{MANIFEST}"))]
+    return next((path.parent for path in candidates if path.is_file()), None)
+
+
+def require(name: str, config: Any, out: Path, build: Callable[[Any, Path], Path]) -> Path:
+    """The folder of a finished stage that fits `config`; `build(config, out)` makes it if absent."""
+    folder = find(name, out)
+    if folder is None:
+        print(f"{name} is not there yet: building it.")
+        return build(config, out)
+    check(folder, config)
+    print(f"{name}: using {folder}")
+    return folder

@@ -1,0 +1,55 @@
+"""Bring a notebook's packages: standard library only, before the first heavy import."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image breaks the rest
+
+
+def floors() -> dict[str, str]:
+    """Package -> lowest version that Atlas accepts, from pyproject.toml or the installed metadata."""
+    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if pyproject.is_file():
+        lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        lines = importlib.metadata.requires("atlas-sft") or []
+    found = (re.match(r"([\w.-]+)(?:\[\w+\])?\s*>=\s*([\d.]+)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def missing() -> list[str]:
+    """Requirements that are absent or older than their floor, as pip spells them."""
+
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+    wanted = []
+    for package, floor in floors().items():
+        try:
+            old = numbers(importlib.metadata.version(package)) < numbers(floor)
+        except importlib.metadata.PackageNotFoundError:
+            old = True
+        if old:
+            wanted.append(f"{package}>={floor}")
+    return wanted
+
+
+def ensure() -> None:
+    """Install what is missing on Kaggle and Colab; elsewhere say how. Raises RuntimeError."""
+    started, wanted = time.monotonic(), missing()
+    if not wanted:
+        return
+    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or importlib.util.find_spec("google.colab")
+    blocked = [w for w in wanted if w.split(">=")[0] in UNTOUCHABLE]
+    if not hosted or blocked:
+        raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], check=True)
+    importlib.invalidate_caches()
+    print(f"Installed {', '.join(wanted)} in {time.monotonic() - started:.0f} s.")

@@ -1,0 +1,281 @@
+"""Layered YAML -> one validated, immutable object: base.yaml <- config <- overlay <- SET."""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
+
+PACKAGE = Path(__file__).resolve().parent
+# In a checkout configs/ stands beside the package; an installed wheel carries it inside.
+FOLDER = next((p for p in (PACKAGE.parent / "configs", PACKAGE / "configs") if p.is_dir()), PACKAGE)
+
+# What each stage adds to the keys that decide its result; a later stage depends on all earlier ones.
+STAGES = {
+    "01_data_prep": ("data", "offline"),
+    "02_template_audit": (
+        "model.tokenizer", "model.tokenizer_revision", "model.chat_template", "model.pad_token",
+        "train.max_length", "audit",
+    ),
+    "03_sft_train": ("seed", "model", "quantization", "lora", "train"),
+    "04_ifeval_eval": ("eval", "label"),
+}  # fmt: skip
+WITHOUT_EFFECT = ("train.report_to", "train.disable_tqdm", "train.dataloader_num_workers")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Run(Section):
+    require_gpu: bool
+    eval_batch_size: PositiveInt
+    wandb_project: str
+
+
+class Model(Section):
+    base: str
+    base_revision: str | None
+    tokenizer: str
+    tokenizer_revision: str | None
+    instruct: str | None
+    instruct_revision: str | None
+    adapter: str | None
+    chat_template: Literal["qwen2_5"] | None
+    pad_token: str | None
+
+
+class Quantization(Section):
+    load_in_4bit: bool
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_use_double_quant: bool
+
+
+class Lora(Section):
+    r: PositiveInt
+    lora_alpha: PositiveInt
+    lora_dropout: float
+    bias: Literal["none", "all", "lora_only"]
+    target_modules: list[str]
+
+
+class Data(Section):
+    dataset: str
+    revision: str | None
+    split: str
+    n_samples: PositiveInt
+    n_validation: PositiveInt
+    shuffle_seed: int
+
+
+class Audit(Section):
+    exclude_forged_turns: bool
+    head_tokens: PositiveInt
+    rendered_characters: PositiveInt
+
+
+class Eval(Section):
+    prompts: str
+    prompts_revision: str | None
+    limit: PositiveInt | None
+    formats: list[Literal["raw", "chat"]]
+    max_new_tokens: PositiveInt
+    load_in_4bit: bool
+
+
+class Offline(Section):
+    """Sizes of the embedded stand-in; configs/offline.yaml says why each."""
+
+    corpus_seed: int
+    taught: list[str]
+    n_conversations: PositiveInt
+    n_documents: PositiveInt
+    n_prompts_per_type: list[PositiveInt]
+    n_dev_prompts_per_type: list[PositiveInt]
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    pretrain_steps: PositiveInt
+    pretrain_batch: PositiveInt
+    pretrain_length: PositiveInt
+    pretrain_learning_rate: float
+
+
+@cache
+def train_section() -> type[Section]:
+    """A section with the fields of TRL's SFTConfig, read from source: importing trl takes seconds."""
+    fields: dict[str, Any] = {}
+    for package, file in (
+        ("transformers", "training_args.py"),
+        ("trl", "trainer/base_config.py"),
+        ("trl", "trainer/sft_config.py"),
+    ):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise ValueError(f"{package} is not installed; run `make setup`.")
+        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+        for node in (n for c in tree.body if isinstance(c, ast.ClassDef) for n in c.body):
+            if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
+                fields[node.target.id] = (_annotation(node.annotation), None)
+    return create_model("Train", __base__=Section, **fields)
+
+
+def _annotation(node: ast.expr) -> Any:
+    """The type an annotation spells if it is plain Python; Any where it needs the library's own."""
+    try:
+        return eval(ast.unparse(node), {"Any": Any, "Literal": Literal})
+    except NameError:
+        return Any
+
+
+class Config(Section):
+    """A resolved configuration; `digest(stage)` names what decides a stage's result."""
+
+    seed: int
+    label: str
+    run: Run
+    model: Model
+    quantization: Quantization
+    lora: Lora
+    data: Data
+    audit: Audit
+    train: Any
+    eval: Eval
+    offline: Offline | None
+
+    def as_dict(self) -> dict:
+        """Plain values, `train` with only the keys that a layer set."""
+        return self.model_dump() | {"train": self.train.model_dump(exclude_unset=True)}
+
+    def relevant(self, stage: str) -> dict[str, Any]:
+        """Dotted key -> value of everything that decides the result of `stage`."""
+        prefixes = [p for s, ps in STAGES.items() if s <= stage for p in ps]
+        return {
+            key: value
+            for key, value in flatten(self.as_dict()).items()
+            if key not in WITHOUT_EFFECT and any(f"{key}.".startswith(f"{p}.") for p in prefixes)
+        }
+
+    def digest(self, stage: str = "04_ifeval_eval") -> str:
+        """First 12 hex digits of the SHA-256 of `relevant(stage)`."""
+        text = json.dumps(self.relevant(stage), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
+    """The config `name`, with `overlay` and then dotted `overrides` on top. Raises ValueError."""
+    layers = [_read("base"), _read(name), _read(overlay) if overlay else {}, _overrides(overrides)]
+    merged: dict = {}
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        schema = create_model("Config", __base__=Config, train=(train_section(), ...))
+        return schema.model_validate(merged)
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from None
+
+
+def available() -> list[str]:
+    """Names that CONFIG and OVERLAY accept."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "base")
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read(name: str) -> dict:
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available())}.")
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _overrides(overrides: dict | str | None) -> dict:
+    """SET as a nested dict; `papermill -p` delivers it as a JSON or YAML string."""
+    given = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
+    if not isinstance(given or {}, dict):
+        raise ValueError(f"SET must map dotted keys to values, like {{train.max_steps: 10}}; got {given!r}.")
+    nested: dict = {}
+    for dotted, value in (given or {}).items():
+        *parents, leaf = dotted.split(".")
+        for parent in reversed([*parents, leaf]):
+            value = {parent: value}
+        _merge(nested, value)
+    return nested
+
+
+def _merge(below: dict, above: dict) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = train_section() if prefix + name == "train" else field.annotation
+        kind = next((k for k in (kind, *getattr(kind, "__args__", ())) if _is_section(k)), None)
+        keys += [f"{prefix}{name}"] + (_known_keys(kind, f"{prefix}{name}.") if kind else [])
+    return keys
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem as one sentence that names key, value and what was expected."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known, parent = _known_keys(Config), key.rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent]
+        near = difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(
+            key, known, n=1, cutoff=0.0
+        )
+        return f"Unknown key {key!r}; the nearest known one is {near[0]!r}."
+    if problem["type"] == "missing":
+        return f"No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b, the rest an OVERLAY."
+    value = problem["input"]
+    return f"{key} is {value!r} ({type(value).__name__}): {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print a resolved configuration and its digest.")
+    parser.add_argument("config")
+    parser.add_argument("--overlay", default="")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    try:
+        config = load(args.config, args.overlay, parse_assignments(args.set))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), end="")
+    print(f"# digest: {config.digest()}")
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """["train.max_steps=10"] -> {"train.max_steps": 10}; values are YAML."""
+    for text in assignments:
+        if "=" not in text:
+            raise ValueError(f"--set {text!r} is not KEY=VALUE.")
+    return {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in assignments)}
+
+
+if __name__ == "__main__":
+    main()

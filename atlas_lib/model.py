@@ -1,0 +1,113 @@
+"""Load the tokenizer, the base model (full precision or NF4) and adapters, at pinned revisions."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from atlas_lib import offline, runtime
+
+END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+QWEN_STOP_IDS = [151645, 151643]
+
+
+def load_tokenizer(config: Any) -> Any:
+    """The tokenizer with the config's chat template and pad token. Raises ValueError."""
+    from transformers import AutoTokenizer
+
+    name, revision = _locate(config.model.tokenizer, config.model.tokenizer_revision, config)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if config.model.chat_template:
+        tokenizer.chat_template = shipped_template(config.model.chat_template)
+    if config.model.pad_token:
+        tokenizer.pad_token = config.model.pad_token
+    stop_ids(tokenizer)
+    if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END_OF_TURN)):
+        raise ValueError(
+            f"The pad token is {tokenizer.pad_token!r}; it must exist and differ from {END_OF_TURN}, or "
+            f"tools that mask by id never train the stop. Set model.pad_token, e.g. to {END_OF_TEXT!r}."
+        )
+    return tokenizer
+
+
+def shipped_template(name: str) -> str:
+    """The text of TRL's `chat_templates/<name>.jinja`, without importing trl."""
+    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0])
+    return (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single known tokens."""
+    ids = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
+    known = {tokenizer.get_vocab().get(token) for token in (END_OF_TURN, END_OF_TEXT)}
+    if None in known:
+        raise ValueError(f"The tokenizer lacks {END_OF_TURN} or {END_OF_TEXT}; ChatML needs both.")
+    if len(tokenizer) == 151665 and ids != QWEN_STOP_IDS:
+        raise ValueError(f"Stop ids {ids} are not Qwen2.5's {QWEN_STOP_IDS}; this tokenizer is another one.")
+    return ids
+
+
+def load_base(name: str, revision: str | None, config: Any, device: Any, in_4bit: bool) -> Any:
+    """The causal language model in `device.dtype`, or quantised as `config.quantization` says.
+
+    Safetensors only, never remote code.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, device.dtype)
+    quantization = None
+    if in_4bit:
+        quantization = BitsAndBytesConfig(
+            **config.quantization.model_dump(), bnb_4bit_compute_dtype=dtype
+        )
+    name, revision = _locate(name, revision, config)
+    base = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device.name},
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    _keep_cpu_gradients_right(base)
+    return base
+
+
+def _keep_cpu_gradients_right(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first forward in eval mode.
+
+    On CPUs with AVX512-BF16 (bitsandbytes 0.50) a later training step through the repacked layer
+    crashes, or silently gets wrong gradients where the layer has no bias.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Trainable and total parameters; a 4-bit weight counts once, not per packed byte."""
+    counts = [
+        (p.requires_grad, p.numel() * (2 if p.dtype.itemsize == 1 and not p.is_floating_point() else 1))
+        for p in model.parameters()
+    ]
+    return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
+
+
+def attach_adapter(base: Any, adapter: str | Path, merge: bool = False) -> Any:
+    """`base` with a LoRA adapter from a folder or the hub, merged into its weights if asked."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, str(adapter))
+    return model.merge_and_unload() if merge else model
+
+
+def _locate(name: str, revision: str | None, config: Any) -> tuple[str, str | None]:
+    """A local folder (built first if embedded), or a hub id that the hub has been asked for."""
+    name = offline.resolve(name, config)
+    if not Path(name).is_absolute() and (runtime.ROOT / name).is_dir():
+        name = str(runtime.ROOT / name)
+    if Path(name).is_dir():
+        return name, None
+    runtime.check_hub(name, revision)
+    return name, revision

@@ -1,0 +1,174 @@
+"""The embedded stand-in for the hub: a tiny Qwen2 base, its tokenizer, and three data sets.
+
+It shows that the machinery works and says nothing about Qwen. Everything is built on the spot, once
+a digest, and then loaded by path through the same calls that load the real things from the hub.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from atlas_lib import corpus
+
+PREFIX = "embedded:"
+NAMES = ("base", "tokenizer", "ultrachat", "ifeval", "dev")
+STOP, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # in Qwen's order of ids
+# How Qwen2 cuts text before BPE merges (Qwen/Qwen2.5-0.5B, tokenizer.json, pre_tokenizer).
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def resolve(name: str, config) -> str:
+    """The local path of an `embedded:` name, built first if absent; any other name unchanged.
+
+    Raises ValueError for an unknown embedded name.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    part = name.removeprefix(PREFIX)
+    if part not in NAMES:
+        known = ", ".join(PREFIX + known for known in NAMES)
+        raise ValueError(f"{name!r} is not part of the offline stand-in; it has {known}.")
+    return str(folder(config) / part)
+
+
+def digest(config) -> str:
+    """12 hex digits over all that decides the stand-in: its parameters, the seed and the sources."""
+    parameters = {"seed": config.seed, **vars(config.offline)}
+    sources = (Path(__file__), Path(corpus.__file__), Path(corpus.__file__).with_suffix(".yaml"))
+    found = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
+    for source in sources:
+        found.update(source.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def folder(config) -> Path:
+    """The stand-in's folder. It appears whole or not at all, whoever is killed or builds at once."""
+    import platformdirs
+
+    target = Path(platformdirs.user_cache_dir("atlas")) / f"standin-{digest(config)}"
+    if target.is_dir():
+        return target
+    print(f"Building the stand-in in {target} ({config.label})", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".standin-", dir=target.parent) as scratch:
+        build(Path(scratch) / "standin", config)
+        try:
+            os.rename(Path(scratch) / "standin", target)
+        except OSError:
+            if not target.is_dir():  # else another process was first: its copy is as good
+                raise
+    return target
+
+
+def build(target: Path, config) -> None:
+    """Write all five parts below target."""
+    options = config.offline
+    seed, taught = options.corpus_seed, list(options.taught)
+    conversations = corpus.conversations(seed, options.n_conversations, taught)
+    write_dataset(target / "ultrachat", "train_sft", conversations, config.label)
+    counts = {"prompts": options.n_prompts_per_type, "dev": options.n_dev_prompts_per_type}
+    for name, split in {"ifeval": "prompts", "dev": "dev"}.items():
+        rows = corpus.prompts(seed, split, *counts[split], taught)
+        write_dataset(target / name, "train", rows, config.label)
+    documents = corpus.plain_text(seed, options.n_documents, taught)
+    tokenizer = train_tokenizer(documents, options.vocab_size)
+    tokenizer.save_pretrained(target / "tokenizer")
+    pretrain(tokenizer, documents, config).save_pretrained(target / "base")
+
+
+def write_dataset(target: Path, split: str, rows: list[dict], label: str) -> None:
+    """Rows as JSON lines, and the card that tells `datasets` which file is which split."""
+    target.mkdir(parents=True)
+    shipped = [{k: v for k, v in row.items() if k not in ("answer", "turns")} for row in rows]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shipped)
+    (target / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    files = f"configs:\n- config_name: default\n  data_files:\n  - split: {split}\n"
+    card = f"---\n{files}    path: {split}.jsonl\n---\n\n{label}\n"
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def chat_template() -> str:
+    """Qwen2.5's chat template, byte for byte, as the trl package ships it (trl is not imported)."""
+    [package] = importlib.util.find_spec("trl").submodule_search_locations
+    return (Path(package) / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
+
+
+def train_tokenizer(texts: list[str], vocab_size: int):
+    """A byte-level BPE cut as Qwen's, with its three special tokens and chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    cut = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=False
+    )
+    template = chat_template()
+    bpe.train_from_iterator([*texts, template], trainer)  # the template holds the system prompt
+    bpe.add_special_tokens([STOP, TURN_START, TURN_END])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=TURN_END, pad_token=STOP, model_max_length=1024,
+        extra_special_tokens=[TURN_START, TURN_END],
+    )  # fmt: skip
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def new_model(tokenizer, options):
+    """An untrained Qwen2ForCausalLM of about 0.5 M parameters that stops on <|endoftext|>, as a base does."""
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    stop = tokenizer.convert_tokens_to_ids(STOP)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=options.hidden_size, intermediate_size=3 * options.hidden_size,
+        num_hidden_layers=options.num_layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=stop, eos_token_id=stop,
+        pad_token_id=None,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(shape)
+    model.generation_config = GenerationConfig(bos_token_id=stop, eos_token_id=stop)
+    return model
+
+
+def pretrain(tokenizer, documents: list[str], config):
+    """Next-token prediction on the documents, windows of pretrain_length tokens, by step count."""
+    import torch
+    from tqdm.auto import trange
+
+    options, stop = config.offline, tokenizer.convert_tokens_to_ids(STOP)
+    encoded = tokenizer(documents)["input_ids"]
+    stream = torch.tensor([token for ids in encoded for token in [*ids, stop]])
+    draw = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's own random state stays as it was
+        torch.manual_seed(config.seed)
+        model = new_model(tokenizer, options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.pretrain_learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.pretrain_learning_rate, options.pretrain_steps, pct_start=0.1
+    )
+    window = torch.arange(options.pretrain_length)
+    for _ in (bar := trange(options.pretrain_steps, desc="pretraining the stand-in", unit="step")):
+        starts = torch.randint(
+            len(stream) - len(window), (options.pretrain_batch, 1), generator=draw
+        )
+        batch = stream[starts + window]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.2f}")
+    return model.eval()

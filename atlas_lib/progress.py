@@ -1,0 +1,40 @@
+"""Progress and time left as plain lines, which read the same in a terminal, a log and a notebook."""
+
+import time
+from collections.abc import Collection, Iterator
+from typing import Any
+
+INTERVAL = 10.0  # seconds between two lines
+
+
+def track(items: Collection, what: str) -> Iterator:
+    """Yield `items`; say how far it is, at most every INTERVAL seconds and at the end."""
+    started = spoken = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - spoken >= INTERVAL or done == len(items):
+            spoken = now
+            say(what, done, len(items), now - started)
+
+
+def say(what: str, done: int, total: int, seconds: float, note: str = "") -> None:
+    left = seconds / done * (total - done)
+    print(f"{what}: {done}/{total}, {seconds:.0f} s so far, {left:.0f} s left{note}", flush=True)
+
+
+def trainer_callback() -> Any:
+    """A transformers TrainerCallback that prints a line at each log, loss included."""
+    from transformers import TrainerCallback
+
+    class ProgressLines(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.started, self.first_step = time.monotonic(), state.global_step
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            done = state.global_step - self.first_step
+            if "loss" in (logs or {}) and done:
+                seconds, total = time.monotonic() - self.started, state.max_steps - self.first_step
+                say("training step", done, total, seconds, f", loss {float(logs['loss']):.3f}")
+
+    return ProgressLines()

@@ -1,0 +1,172 @@
+"""Where am I, on what hardware, with which secrets: decided once, printed with the reason."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "lm_eval")
+
+
+def where() -> str:
+    """"kaggle", "colab" or "local". Kaggle first: its image sets Colab's variables too."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "kaggle"
+    with contextlib.suppress(ImportError):
+        from IPython import get_ipython
+
+        if "google.colab" in str(get_ipython()):
+            return "colab"
+    return "local"
+
+
+def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
+    """OUT as a folder that exists and can be written to. Raises ValueError."""
+    default = ROOT / "runs" / "-".join(filter(None, (config_name, overlay)))
+    folder = Path(out) if out else Path("/kaggle/working") if where() == "kaggle" else default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"OUT {folder} cannot be written to ({error.strerror}); choose another.") from None
+    return folder
+
+
+def commit() -> str:
+    """The commit of this checkout, "-dirty" if it has uncommitted changes; "unknown" outside git."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("ATLAS_COMMIT", "unknown")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a result; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def hardware() -> str:
+    """The GPU's name, else the processor's kind and core count; never initialises CUDA by itself."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def provenance() -> dict[str, Any]:
+    """What a manifest says of the machine: commit, versions, platform, hardware."""
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "platform": f"{where()}, {platform.platform()}",
+        "hardware": hardware(),
+    }
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device to compute on and the floating-point type it is good at."""
+
+    name: str  # "cuda" or "cpu"
+    dtype: str  # "float16", "bfloat16" or "float32"
+    reason: str
+
+
+def device(config: Any) -> Device:
+    """Choose device and precision once and say why. Raises RuntimeError if a GPU is missing or too old."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two; one process drives one
+    import torch
+
+    if not torch.cuda.is_available():
+        if config.run.require_gpu:
+            raise RuntimeError(
+                "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it on a "
+                "T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
+                "OVERLAY=offline, or set run.require_gpu=false and wait."
+            )
+        return Device("cpu", "float32", "no GPU: float32, the type that CPUs compute fast and exactly")
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (7, 5):
+        raise RuntimeError(f"The GPU is sm_{major}{minor}; Atlas needs sm_75 (T4) or newer. Choose a T4.")
+    if major >= 8:
+        return Device("cuda", "bfloat16", f"sm_{major}{minor} computes bfloat16 in hardware")
+    return Device("cuda", "float16", f"sm_{major}{minor} has no bfloat16 hardware and would emulate it")
+
+
+def secret(name: str) -> str | None:
+    """A secret from the environment, Kaggle or Colab; None, the normal case, if there is none."""
+    if os.environ.get(name):
+        return os.environ[name]
+    # Each platform raises its own zoo of exceptions for "absent"; none of them is our failure.
+    with contextlib.suppress(Exception):
+        if where() == "kaggle":
+            from kaggle_secrets import UserSecretsClient
+
+            return UserSecretsClient().get_secret(name) or None
+        if where() == "colab":
+            from google.colab import userdata
+
+            return userdata.get(name) or None
+    return None
+
+
+def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
+    """Ask the hub for `repo` before anything long starts. Raises ConnectionError or ValueError."""
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:  # the user says that everything is cached; the loader will tell
+        return
+    try:
+        HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10)
+    except errors.HfHubHTTPError as error:
+        raise ValueError(
+            f"The hub does not give {kind} {repo} at {revision or 'main'} ({type(error).__name__}); check the "
+            "name, the revision and, for a private or gated repository, HF_TOKEN."
+        ) from None
+    except Exception as error:
+        raise ConnectionError(
+            f"The Hugging Face hub, which has {kind} {repo}, cannot be reached ({type(error).__name__}); connect, "
+            "set HF_HUB_OFFLINE=1 if it is cached, or run without a hub: OVERLAY=offline (`make run`)."
+        ) from None
+
+
+def report_to(config: Any) -> str:
+    """The value for SFTConfig.report_to: "wandb" only if the config asks for it and a key is found."""
+    key = secret("WANDB_API_KEY") if config.train.report_to == "wandb" else None
+    if key:
+        os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
+        print("W&B: on (a key was found).")
+        return "wandb"
+    os.environ["WANDB_MODE"] = "disabled"
+    print("W&B: off (no key, or not asked for).")
+    return "none"
+
+
+def start(config: Any, out: Path) -> None:
+    """Print the stamp of a notebook: what runs, on which versions, where the results go."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    token = secret("HF_TOKEN")  # Kaggle's secrets do not reach huggingface_hub by themselves
+    if token:
+        os.environ["HF_TOKEN"] = token
+    if config.label:
+        print(config.label)
+    print(f"config digest {config.digest()} · commit {commit()} · {where()} · results in {out}")
+    print(" · ".join(f"{name} {version}" for name, version in versions().items()))
