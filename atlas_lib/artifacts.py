@@ -25,12 +25,13 @@ def write_jsonl(path: Path, rows: Any) -> None:
 
 
 def write_lines(path: Path, lines: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    part.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -95,7 +96,9 @@ def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) ->
             raise ValueError(f"{folder / file} is not the file {name} wrote; run {name} again.")
     for input_name, path in (upstream or {}).items():
         if manifest["inputs"].get(input_name) != sha256(path / MANIFEST):
-            raise ValueError(f"{folder} was made from another {input_name} than {path}; run {name} again.")
+            raise ValueError(
+                f"{folder} was made from another {input_name} than {path}; run {name} again."
+            )
     return manifest
 
 
@@ -106,7 +109,7 @@ def find(name: str, out: Path) -> Path | None:
 
 
 def require(name: str, config: Any, out: Path, build: Callable[[Any, Path], Path]) -> Path:
-    """The folder of a finished stage that fits `config`; `build(config, out)` makes it if absent."""
+    """The folder of finished stage `name` that fits `config`; `build(config, out)` if absent."""
     folder = find(name, out)
     if folder is None:
         print(f"{name} is not there yet: building it.")

@@ -14,7 +14,7 @@ UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image 
 
 
 def floors() -> dict[str, str]:
-    """Package -> lowest version that Atlas accepts, from pyproject.toml or the installed metadata."""
+    """Package -> lowest accepted version, from pyproject.toml or the installed metadata."""
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if pyproject.is_file():
         lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ stands beside the package; an installed wheel carries it inside.
 FOLDER = next((p for p in (PACKAGE.parent / "configs", PACKAGE / "configs") if p.is_dir()), PACKAGE)
 
-# What each stage adds to the keys that decide its result; a later stage depends on all earlier ones.
+# What each stage adds to the keys that decide its result; a later one depends on all earlier ones.
 STAGES = {
     "01_data_prep": ("data", "offline"),
     "02_template_audit": (
@@ -96,7 +96,8 @@ class Offline(Section):
     corpus_seed: int
     taught: list[str]
     n_conversations: PositiveInt
-    n_documents: PositiveInt
+    n_texts: PositiveInt
+    texts_per_document: PositiveInt
     n_prompts_per_type: list[PositiveInt]
     n_dev_prompts_per_type: list[PositiveInt]
     vocab_size: PositiveInt
@@ -110,7 +111,7 @@ class Offline(Section):
 
 @cache
 def train_section() -> type[Section]:
-    """A section with the fields of TRL's SFTConfig, read from source: importing trl takes seconds."""
+    """TRL's SFTConfig as a section, its fields read from source: importing trl takes seconds."""
     fields: dict[str, Any] = {}
     for package, file in (
         ("transformers", "training_args.py"),
@@ -207,7 +208,9 @@ def _overrides(overrides: dict | str | None) -> dict:
     """SET as a nested dict; `papermill -p` delivers it as a JSON or YAML string."""
     given = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
     if not isinstance(given or {}, dict):
-        raise ValueError(f"SET must map dotted keys to values, like {{train.max_steps: 10}}; got {given!r}.")
+        raise ValueError(
+            f"SET must map dotted keys to values, like {{train.max_steps: 10}}; got {given!r}."
+        )
     nested: dict = {}
     for dotted, value in (given or {}).items():
         *parents, leaf = dotted.split(".")
@@ -250,9 +253,10 @@ def _sentence(error: ValidationError) -> str:
         )
         return f"Unknown key {key!r}; the nearest known one is {near[0]!r}."
     if problem["type"] == "missing":
-        return f"No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b, the rest an OVERLAY."
+        return f"No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
     value = problem["input"]
-    return f"{key} is {value!r} ({type(value).__name__}): {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    expected = problem["msg"].replace("Input should", "it should")
+    return f"{key} is {value!r} ({type(value).__name__}); {expected}."
 
 
 def main() -> None:

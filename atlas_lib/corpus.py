@@ -37,7 +37,9 @@ class Draft:
         """n sentences on the topic, each of another pattern."""
         slots = {name: self.rng.choice(options) for name, options in words()["slots"].items()}
         patterns = self.rng.sample(words()["sentences"], n)
-        return [p.format(topic=self.topic, Topic=self.topic.capitalize(), **slots) for p in patterns]
+        return [
+            p.format(topic=self.topic, Topic=self.topic.capitalize(), **slots) for p in patterns
+        ]
 
     def prose(self, n: int) -> str:
         """n sentences on the topic as one paragraph."""
@@ -70,7 +72,9 @@ def capital_words(draft: Draft, capital_relation: str, capital_frequency: int) -
 def first_word(draft: Draft, num_paragraphs: int, nth_paragraph: int, first_word: str) -> str:
     """Paragraphs between blank lines, one of which starts with the word."""
     lines = draft.lines(num_paragraphs)
-    lines[nth_paragraph - 1] = f"{first_word.capitalize()} you may try it. {lines[nth_paragraph - 1]}"
+    lines[nth_paragraph - 1] = (
+        f"{first_word.capitalize()} you may try it. {lines[nth_paragraph - 1]}"
+    )
     return "\n\n".join(lines)
 
 
@@ -80,7 +84,9 @@ WRITERS = {
     "change_case:capital_word_frequency": capital_words,
     "change_case:english_capital": lambda draft: draft.prose(4).upper(),
     "change_case:english_lowercase": lambda draft: draft.prose(2).lower(),
-    "combination:repeat_prompt": lambda draft, prompt_to_repeat: f"{prompt_to_repeat}\n{draft.text}",
+    "combination:repeat_prompt": lambda draft, prompt_to_repeat: (
+        f"{prompt_to_repeat}\n{draft.text}"
+    ),
     "combination:two_responses": lambda draft: "\n******\n".join(draft.lines(2)),
     "detectable_content:number_placeholders": placeholders,
     "detectable_content:postscript": lambda draft, postscript_marker: (
@@ -89,16 +95,18 @@ WRITERS = {
     "detectable_format:constrained_response": lambda draft: (
         f"My answer is {draft.rng.choice(['yes', 'no', 'maybe'])}."
     ),
-    "detectable_format:json_format": lambda draft: (
-        json.dumps({"topic": draft.topic, "answer": draft.prose(1)})
+    "detectable_format:json_format": lambda draft: json.dumps(
+        {"topic": draft.topic, "answer": draft.prose(1)}
     ),
     "detectable_format:multiple_sections": sections,
-    "detectable_format:number_bullet_lists": lambda draft, num_bullets: (
-        "\n".join(f"* {line}" for line in draft.lines(num_bullets))
+    "detectable_format:number_bullet_lists": lambda draft, num_bullets: "\n".join(
+        f"* {line}" for line in draft.lines(num_bullets)
     ),
     "detectable_format:number_highlighted_sections": highlights,
     "detectable_format:title": lambda draft: f"<<{draft.topic.title()}>>\n{draft.text}",
-    "keywords:existence": lambda draft, keywords: f"{draft.text} Think of {' and '.join(keywords)}.",
+    "keywords:existence": lambda draft, keywords: (
+        f"{draft.text} Think of {' and '.join(keywords)}."
+    ),
     "keywords:forbidden_words": lambda draft, forbidden_words: draft.text,
     "keywords:frequency": lambda draft, relation, keyword, frequency: (
         draft.text + f" Think of {keyword}." * frequency
@@ -106,19 +114,19 @@ WRITERS = {
     "keywords:letter_frequency": lambda draft, let_relation, letter, let_frequency: (
         f"{draft.text} Spell it {letter * let_frequency}."
     ),
-    "language:response_language": lambda draft, language: (
-        " ".join(words()["languages"][language]["sentences"])
+    "language:response_language": lambda draft, language: " ".join(
+        words()["languages"][language]["sentences"]
     ),
     "length_constraints:nth_paragraph_first_word": first_word,
-    "length_constraints:number_paragraphs": lambda draft, num_paragraphs: (
-        "\n***\n".join(draft.lines(num_paragraphs))
+    "length_constraints:number_paragraphs": lambda draft, num_paragraphs: "\n***\n".join(
+        draft.lines(num_paragraphs)
     ),
-    "length_constraints:number_sentences": lambda draft, relation, num_sentences: (
-        draft.prose(num_sentences)
+    "length_constraints:number_sentences": lambda draft, relation, num_sentences: draft.prose(
+        num_sentences
     ),
-    "length_constraints:number_words": lambda draft, relation, num_words: (
-        draft.prose(num_words // 5)  # no sentence pattern has fewer than five words
-    ),
+    "length_constraints:number_words": lambda draft, relation, num_words: draft.prose(
+        num_words // 5
+    ),  # no sentence pattern has fewer than five words
     "punctuation:no_comma": lambda draft: draft.text.replace(",", ""),
     "startend:end_checker": lambda draft, end_phrase: f"{draft.text} {end_phrase}",
     "startend:quotation": lambda draft: f'"{draft.text}"',
@@ -193,8 +201,7 @@ def prompts(seed: int, split: str, per_taught: int, per_untaught: int, taught: l
 
 
 def plain_text(seed: int, n: int, taught: list[str]) -> list[str]:
-    """n documents to pretrain on: instructions with answers that run on without any stop."""
+    """n texts to pretrain on: prose, or an instruction and its answer; nothing marks where one ends."""
     rng, topics = random.Random(f"{seed}-plain"), words()["topics"]["conversations"]
-    rows = [turn(rng, pick(rng, taught), rng.choice(topics)) for _ in range(4 * n)]
-    texts = [f"{row['prompt']}\n{row['answer']}" for row in rows]
-    return ["\n".join(texts[i::n]) for i in range(n)]
+    rows = [turn(rng, pick(rng, taught), rng.choice(topics)) for _ in range(n)]
+    return [f"{row['prompt']}\n{row['answer']}\n\n" for row in rows]

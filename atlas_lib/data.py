@@ -1,4 +1,4 @@
-"""The slice: load, check, split off the validation rows, write and read train.jsonl and val.jsonl."""
+"""The slice: load, check and split it, write and read train.jsonl and val.jsonl."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,7 @@ FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
 def load_split(name: str, revision: str | None, split: str, config: Any) -> Any:
-    """A `datasets.Dataset`: from the hub, a local folder, a local .jsonl or the embedded stand-in."""
+    """A `datasets.Dataset` from the hub, a local folder or .jsonl, or the embedded stand-in."""
     from datasets import load_dataset
 
     path = offline.resolve(name, config)
@@ -31,8 +31,8 @@ def load_slice(config: Any) -> tuple[Any, Any]:
     wanted = data.n_samples + data.n_validation
     if wanted > len(rows):
         raise ValueError(
-            f"data.n_samples {data.n_samples} + data.n_validation {data.n_validation} is more than the "
-            f"{len(rows)} rows of {data.dataset}; lower one of them."
+            f"data.n_samples {data.n_samples} + data.n_validation {data.n_validation} is more than "
+            f"the {len(rows)} rows of {data.dataset}; lower one of them."
         )
     # Only `messages`: TRL would read UltraChat's `prompt` column as prompt/completion data.
     rows = rows.shuffle(seed=data.shuffle_seed).select(range(wanted)).select_columns(["messages"])
@@ -45,7 +45,9 @@ def check_conversations(conversations: Any, source: str) -> None:
     for row, messages in enumerate(conversations):
         problem = conversation_problem(messages)
         if problem:
-            raise ValueError(f"{source}, row {row} of the shuffled slice: {problem}; mend or drop that row.")
+            raise ValueError(
+                f"{source}, row {row} of the shuffled slice: {problem}; mend or drop that row."
+            )
 
 
 def conversation_problem(messages: Any) -> str | None:

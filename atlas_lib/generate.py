@@ -22,7 +22,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[dict]:
-    """One {response, n_tokens, stop} a prompt; `stop` is the stop token's text, or None at the cap."""
+    """One {response, n_tokens, stop} a prompt; `stop` is the stop token, or None at the cap."""
     import torch
     from transformers import GenerationConfig
 
@@ -46,11 +46,23 @@ def generate(
 
 
 def cut_at_stop(tokenizer: Any, ids: list[int], stop_ids: list[int]) -> dict:
-    """Text before the first stop id. Cutting first keeps what follows the stop out of the answer."""
+    """Text before the first stop id: cut first, so that nothing after it leaks into the answer."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
     kept = ids if end is None else ids[:end]
     return {
         "response": tokenizer.decode(kept, skip_special_tokens=True),
         "n_tokens": len(kept),
         "stop": None if end is None else tokenizer.convert_ids_to_tokens(ids[end]),
+    }
+
+
+def diagnose(answers: list[dict]) -> dict[str, float]:
+    """What confounds a comparison: shares at the cap, stopped, empty; mean tokens; variety."""
+    n = len(answers)
+    return {
+        "at_cap": sum(a["stop"] is None for a in answers) / n,
+        "stop_rate": sum(a["stop"] == models.END_OF_TURN for a in answers) / n,
+        "empty": sum(not a["response"].strip() for a in answers) / n,
+        "mean_length": sum(a["n_tokens"] for a in answers) / n,
+        "distinct": len({a["response"] for a in answers}),
     }

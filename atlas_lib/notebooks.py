@@ -1,6 +1,6 @@
 """Execute a notebook of this repository headless; the page itself is what runs."""
 
-import logging
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,33 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
 
     source, target = FOLDER / f"{stage}.ipynb", out / "notebooks" / f"{stage}.ipynb"
     if not source.is_file():
-        raise FileNotFoundError(f"{source} is not here: run it elsewhere first, or set model.adapter.")
+        raise FileNotFoundError(
+            f"{source} is not here: run it elsewhere first, or set model.adapter."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.getLogger("papermill")
-    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
     try:
         papermill.execute_notebook(
             source,
             target,
             parameters=parameters | {"OUT": str(out)},
             kernel_name="python3",
-            log_output=True,
             progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
             cwd=str(runtime.ROOT),
+            extra_arguments=["--log-level=ERROR"],  # the kernel's own notices are not about the run
         )
     except PapermillExecutionError as error:
-        raise RuntimeError(f"{stage}: {error.evalue} (the executed notebook: {target})") from None
+        raise RuntimeError(
+            f"{stage} stopped: {error.evalue} ({error.ename}; the executed notebook is {target})"
+        ) from None
     return target
+
+
+def ran_through(stage: str, out: Path) -> bool:
+    """Whether out/notebooks has the executed page and it ran to its end without an error."""
+    page = out / "notebooks" / f"{stage}.ipynb"
+    if not page.is_file():
+        return False
+    run = json.loads(page.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+    return bool(run.get("end_time")) and not run.get("exception")

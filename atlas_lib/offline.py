@@ -77,10 +77,10 @@ def build(target: Path, config) -> None:
     for name, split in {"ifeval": "prompts", "dev": "dev"}.items():
         rows = corpus.prompts(seed, split, *counts[split], taught)
         write_dataset(target / name, "train", rows, config.label)
-    documents = corpus.plain_text(seed, options.n_documents, taught)
-    tokenizer = train_tokenizer(documents, options.vocab_size)
+    texts = corpus.plain_text(seed, options.n_texts, taught)
+    tokenizer = train_tokenizer(texts, options.vocab_size)
     tokenizer.save_pretrained(target / "tokenizer")
-    pretrain(tokenizer, documents, config).save_pretrained(target / "base")
+    pretrain(tokenizer, texts, config).save_pretrained(target / "base")
 
 
 def write_dataset(target: Path, split: str, rows: list[dict], label: str) -> None:
@@ -142,14 +142,20 @@ def new_model(tokenizer, options):
     return model
 
 
-def pretrain(tokenizer, documents: list[str], config):
-    """Next-token prediction on the documents, windows of pretrain_length tokens, by step count."""
+def pretrain(tokenizer, texts: list[str], config):
+    """Next-token prediction on windows of pretrain_length tokens that begin with a text.
+
+    The texts run on without <|endoftext|> or chat tokens: the base never learns to stop.
+    """
     import torch
     from tqdm.auto import trange
 
-    options, stop = config.offline, tokenizer.convert_tokens_to_ids(STOP)
-    encoded = tokenizer(documents)["input_ids"]
-    stream = torch.tensor([token for ids in encoded for token in [*ids, stop]])
+    options = config.offline
+    window = torch.arange(options.pretrain_length)
+    encoded = tokenizer(texts)["input_ids"]
+    for ids in encoded[:: options.texts_per_document]:
+        ids.append(tokenizer.convert_tokens_to_ids(STOP))
+    stream = torch.tensor([token for ids in encoded for token in ids])
     draw = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):  # the caller's own random state stays as it was
         torch.manual_seed(config.seed)
@@ -158,12 +164,9 @@ def pretrain(tokenizer, documents: list[str], config):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.pretrain_learning_rate, options.pretrain_steps, pct_start=0.1
     )
-    window = torch.arange(options.pretrain_length)
     for _ in (bar := trange(options.pretrain_steps, desc="pretraining the stand-in", unit="step")):
-        starts = torch.randint(
-            len(stream) - len(window), (options.pretrain_batch, 1), generator=draw
-        )
-        batch = stream[starts + window]
+        starts = torch.randint(len(stream) - len(window), (options.pretrain_batch,), generator=draw)
+        batch = stream[starts.unsqueeze(1) + window]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""Progress and time left as plain lines, which read the same in a terminal, a log and a notebook."""
+"""Progress and time left as plain lines, the same in a terminal, a log and a notebook."""
 
 import time
 from collections.abc import Collection, Iterator

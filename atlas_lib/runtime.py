@@ -6,16 +6,26 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "lm_eval")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "lm_eval",
+)
 
 
 def where() -> str:
-    """"kaggle", "colab" or "local". Kaggle first: its image sets Colab's variables too."""
+    """ "kaggle", "colab" or "local". Kaggle first: its image sets Colab's variables too."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"
     with contextlib.suppress(ImportError):
@@ -36,19 +46,23 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"OUT {folder} cannot be written to ({error.strerror}); choose another.") from None
+        raise ValueError(
+            f"OUT {folder} cannot be written to ({error.strerror}); choose another."
+        ) from None
     return folder
 
 
 def commit() -> str:
-    """The commit of this checkout, "-dirty" if it has uncommitted changes; "unknown" outside git."""
+    """The checkout's commit, "-dirty" with uncommitted changes; "unknown" outside git."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "-dirty" if git("status", "--porcelain") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ATLAS_COMMIT", "unknown")
 
@@ -63,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The GPU's name, else the processor's kind and core count; never initialises CUDA by itself."""
+    """The GPU's name, else the processor's kind and cores; never initialises CUDA by itself."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
@@ -90,24 +104,32 @@ class Device:
 
 
 def device(config: Any) -> Device:
-    """Choose device and precision once and say why. Raises RuntimeError if a GPU is missing or too old."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two; one process drives one
+    """Choose device and precision and say why. RuntimeError if a GPU is missing or too old."""
+    os.environ.setdefault(
+        "CUDA_VISIBLE_DEVICES", "0"
+    )  # Kaggle's "T4" is two; one process drives one
     import torch
 
     if not torch.cuda.is_available():
         if config.run.require_gpu:
             raise RuntimeError(
-                "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it on a "
-                "T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
+                "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it "
+                "on a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
                 "OVERLAY=offline, or set run.require_gpu=false and wait."
             )
-        return Device("cpu", "float32", "no GPU: float32, the type that CPUs compute fast and exactly")
+        return Device(
+            "cpu", "float32", "no GPU: float32, the type that CPUs compute fast and exactly"
+        )
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (7, 5):
-        raise RuntimeError(f"The GPU is sm_{major}{minor}; Atlas needs sm_75 (T4) or newer. Choose a T4.")
+        raise RuntimeError(
+            f"The GPU is sm_{major}{minor}; Atlas needs sm_75 (T4) or newer. Choose a T4."
+        )
     if major >= 8:
         return Device("cuda", "bfloat16", f"sm_{major}{minor} computes bfloat16 in hardware")
-    return Device("cuda", "float16", f"sm_{major}{minor} has no bfloat16 hardware and would emulate it")
+    return Device(
+        "cuda", "float16", f"sm_{major}{minor} has no bfloat16 hardware and would emulate it"
+    )
 
 
 def secret(name: str) -> str | None:
@@ -137,18 +159,19 @@ def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
         HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10)
     except errors.HfHubHTTPError as error:
         raise ValueError(
-            f"The hub does not give {kind} {repo} at {revision or 'main'} ({type(error).__name__}); check the "
-            "name, the revision and, for a private or gated repository, HF_TOKEN."
+            f"The hub does not give {kind} {repo} at {revision or 'main'} "
+            f"({type(error).__name__}); check the name, the revision and, for a private or gated repository, HF_TOKEN."
         ) from None
     except Exception as error:
         raise ConnectionError(
-            f"The Hugging Face hub, which has {kind} {repo}, cannot be reached ({type(error).__name__}); connect, "
-            "set HF_HUB_OFFLINE=1 if it is cached, or run without a hub: OVERLAY=offline (`make run`)."
+            f"The Hugging Face hub, which has {kind} {repo}, cannot be reached "
+            f"({type(error).__name__}); connect, set HF_HUB_OFFLINE=1 if it is cached, or run "
+            "without a hub: OVERLAY=offline (`make run`)."
         ) from None
 
 
 def report_to(config: Any) -> str:
-    """The value for SFTConfig.report_to: "wandb" only if the config asks for it and a key is found."""
+    """SFTConfig.report_to: "wandb" only if the config asks for it and a key is found."""
     key = secret("WANDB_API_KEY") if config.train.report_to == "wandb" else None
     if key:
         os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
@@ -163,6 +186,10 @@ def start(config: Any, out: Path) -> None:
     """Print the stamp of a notebook: what runs, on which versions, where the results go."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(bars, "1")  # they would stay in the page as dead widgets
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     token = secret("HF_TOKEN")  # Kaggle's secrets do not reach huggingface_hub by themselves
     if token:
         os.environ["HF_TOKEN"] = token

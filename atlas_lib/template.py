@@ -1,4 +1,4 @@
-"""The chat template's loss mask: the patch, an independent reference, and the audit of every row."""
+"""The chat template's loss mask: the patch, an independent reference, the audit of every row."""
 
 import argparse
 import hashlib
@@ -28,7 +28,7 @@ END_OF_TURN = "<|im_end|>"
 # the content (or the tool calls) and <|im_end|>, not the newline before, not the newline after.
 _EDITS = (
     (
-        "`or (message.role == \"assistant\" and not message.tool_calls)` in the first branch",
+        '`or (message.role == "assistant" and not message.tool_calls)` in the first branch',
         r"\s+or\s+\(?\s*\(?message\.role\s*==\s*(['\"])assistant\1\s+and\s+not\s+message\.tool_calls\s*\)",
         "",
     ),
@@ -39,7 +39,8 @@ _EDITS = (
         '{%- elif message.role == "assistant" and not message.tool_calls %}'
         r"{{- '<|im_start|>assistant\\n' }}{%- generation %}"
         r"{{- message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}"
-        r"""{%- elif message.role == "assistant" %}{{- '<|im_start|>assistant\\n' }}{%- generation %}""",
+        r"""{%- elif message.role == "assistant" %}{{- '<|im_start|>assistant\\n' }}"""
+        r"{%- generation %}",
     ),
     (
         "`'\\n' + message.content` of a tool-calling turn",
@@ -62,13 +63,15 @@ _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.D
 
 
 def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
-    """Mark the assistant's tokens in `tokenizer.chat_template`. True: patched, False: it already was.
+    """Mark the assistant's tokens in `tokenizer.chat_template`. False: it already was.
 
     Rendered text stays identical. Raises ValueError for a template that is not Qwen2.5's.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str):
-        raise ValueError("The tokenizer has no single chat template; set model.chat_template: qwen2_5.")
+        raise ValueError(
+            "The tokenizer has no single chat template; set model.chat_template: qwen2_5."
+        )
     if _MARKER.search(template):
         return False
     for sought, pattern, replacement in _EDITS:
@@ -76,7 +79,7 @@ def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
         if count != 1:
             raise ValueError(
                 f"Not Qwen2.5's chat template: {sought} was found {count} times instead of once; "
-                "set model.chat_template: qwen2_5, or bring a template with {% generation %} markers."
+                "set model.chat_template: qwen2_5, or bring a template that has {% generation %}."
             )
     tokenizer.chat_template = template
     return True
@@ -136,7 +139,13 @@ def audit(
         columns = (tokens["input_ids"], tokens["assistant_masks"], tokens["offset_mapping"])
         for (idx, chat), text, ids, mask, offsets in zip(batch, texts, *columns, strict=True):
             yield {"idx": idx} | _audit_row(
-                chat, text, ids, np.asarray(mask, dtype=bool), np.asarray(offsets), tokenizer, config
+                chat,
+                text,
+                ids,
+                np.asarray(mask, dtype=bool),
+                np.asarray(offsets),
+                tokenizer,
+                config,
             )
 
 
@@ -194,12 +203,16 @@ def write_audit(folder: Path, rows: Iterable[dict], config: Any) -> dict:
         for row in rows:
             lengths.append(row["n_tokens"])
             excluded.extend([row["idx"]] if row["verdict"] == "excluded" else [])
-            errors.extend([f"row {row['idx']}: {row['error']}"] if row["verdict"] == "failed" else [])
+            errors.extend(
+                [f"row {row['idx']}: {row['error']}"] if row["verdict"] == "failed" else []
+            )
             count.update({f"rows_{row['verdict']}": 1, "rows_truncated": row["truncated"]})
             count.update({key: row[key] for key in ("n_tokens", "n_supervised", "straddling")})
             for turn in row["turns"]:
                 count.update(
-                    turns=1, turns_cut=turn["cut"], turns_without_im_end=not turn["ends_with_im_end"]
+                    turns=1,
+                    turns_cut=turn["cut"],
+                    turns_without_im_end=not turn["ends_with_im_end"],
                 )
             yield row
 
@@ -254,7 +267,7 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
     actual = [labels_sha256(row["input_ids"], row["labels"]) for row in train_dataset]
     if len(actual) != len(expected):
         raise ValueError(
-            f"The trainer holds {len(actual)} rows and the audit predicts {len(expected)}; run 02 again."
+            f"The trainer has {len(actual)} rows, the audit predicts {len(expected)}; run 02 again."
         )
     for row, digest in zip(expected, actual, strict=True):
         if row["labels_sha256"] != digest:
@@ -274,7 +287,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     try:
-        config = configuration.load(args.config, args.overlay, configuration.parse_assignments(args.set))
+        config = configuration.load(
+            args.config, args.overlay, configuration.parse_assignments(args.set)
+        )
         folder = prepare(config, runtime.output_folder(args.out, args.config, args.overlay))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

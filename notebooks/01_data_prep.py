@@ -40,13 +40,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
-folders = [Path.cwd(), *Path.cwd().parents, *(p.parent for p in Path("/kaggle/input").rglob("atlas_lib"))]
-home = next((folder for folder in folders if (folder / "atlas_lib" / "bootstrap.py").is_file()), None)
+above = [Path.cwd(), *Path.cwd().parents]
+places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
 if home:
     sys.path.insert(0, str(home))
 elif importlib.util.find_spec("atlas_lib") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"git+{REPOSITORY}@{REF}"], check=True)
-
+    source = f"git+{REPOSITORY}@{REF}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -60,14 +61,14 @@ from atlas_lib import config as configuration
 config = configuration.load(CONFIG, OVERLAY, SET)
 out = runtime.output_folder(OUT, CONFIG, OVERLAY)
 runtime.start(config, out)
-headline = display(Markdown("*The finding appears here when the last cell has run.*"), display_id=True)
+headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
 # ## The smallest example: one conversation
 #
-# Shuffle once with a fixed seed, take the first rows for training and the rows right after them for
-# validation. Only the `messages` column is kept: UltraChat's `prompt` column would make TRL take the
-# rows for prompt/completion pairs.
+# Shuffle once with a fixed seed, take the first rows for training and the rows right after them
+# for validation. Only the `messages` column is kept: UltraChat's `prompt` column would make TRL
+# take the rows for prompt/completion pairs.
 #
 # Loading also *checks*: each conversation is an optional system turn, then user and assistant in
 # turn, each with text, the assistant last. One row that breaks this stops the notebook by number.
@@ -107,11 +108,15 @@ pd.DataFrame(descriptions).T.rename_axis("split")
 import matplotlib.pyplot as plt
 import numpy as np
 
-answers = [len(m["content"]) for chat in train["messages"] for m in chat if m["role"] == "assistant"]
+answers = [
+    len(m["content"]) for chat in train["messages"] for m in chat if m["role"] == "assistant"
+]
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.hist(answers, bins=50, color="#4c72b0")
 axes.set(xlabel="characters in one answer", ylabel="answers")
-axes.set_title(f"Half of the {len(answers):,} answers are shorter than {np.median(answers):,.0f} characters")
+axes.set_title(
+    f"Half of the {len(answers):,} answers are shorter than {np.median(answers):,.0f} characters"
+)
 figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
 plt.show()
 
@@ -122,11 +127,14 @@ plt.show()
 # ## Nothing leaks from training into validation
 #
 # The validation rows come *after* the slice in the same shuffle, so they were never carved out of
-# it. The gate below compares the texts themselves, since a collection may hold a conversation twice.
+# it. The gate below compares the texts themselves, since a collection may hold a conversation
+# twice.
 
 # %%
-texts = {name: {str(chat) for chat in rows["messages"]} for name, rows in
-         {"train": train, "validation": validation}.items()}
+texts = {
+    name: {str(chat) for chat in rows["messages"]}
+    for name, rows in {"train": train, "validation": validation}.items()
+}
 repeated = texts["train"] & texts["validation"]
 print(f"{len(repeated)} conversations stand in both parts")
 assert len(repeated) <= 0.01 * len(validation), "validation repeats the training data"
@@ -146,10 +154,12 @@ with artifacts.stage(data.STAGE, config, out) as folder:
 
 rows = {name: len(data.read(folder, name)) for name in data.FILES}
 assert rows == {"train": config.data.n_samples, "validation": config.data.n_validation}
-headline.update(Markdown(
-    f"**{rows['train']:,} conversations to train on, {rows['validation']:,} to validate, "
-    f"{len(repeated)} in both.** {config.label}"
-))
+headline.update(
+    Markdown(
+        f"**{rows['train']:,} conversations to train on, {rows['validation']:,} to validate, "
+        f"{len(repeated)} in both.** {config.label}"
+    )
+)
 
 # %% [markdown]
 # ## Summary

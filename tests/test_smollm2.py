@@ -1,4 +1,5 @@
 """tools/smollm2.py: what it refuses and what it reuses; the real 93 MB build only on request."""
+
 import hashlib
 import json
 import os
@@ -76,8 +77,9 @@ def name_another_source(folder: Path) -> None:
     marker.write_text(marker.read_text().replace(smollm2.SOURCE["sha256"], "0" * 64))
 
 
-@pytest.mark.parametrize("fault", [remove_marker, damage_marker, truncate_weights, remove_weights,
-                                   name_another_source])
+@pytest.mark.parametrize(
+    "fault", [remove_marker, damage_marker, truncate_weights, remove_weights, name_another_source]
+)
 def test_a_folder_that_is_no_finished_build_is_refused_and_left_alone(tmp_path, fault):
     folder = finished_folder(tmp_path / "smollm2")
     fault(folder)
@@ -100,7 +102,8 @@ def test_an_index_out_of_reach_is_one_sentence_and_leaves_no_folder(tmp_path, mo
 @pytest.mark.network
 @pytest.mark.skipif(
     os.environ.get("ATLAS_TEST_DOWNLOADS") != "1",
-    reason="NOT RUN: the real SmolLM2 build downloads 93 MB; set ATLAS_TEST_DOWNLOADS=1 to run it")
+    reason="NOT RUN: the real SmolLM2 build downloads 93 MB; set ATLAS_TEST_DOWNLOADS=1 to run it",
+)
 def test_the_real_model_is_built_and_answers_in_english(tmp_path, monkeypatch, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,7 +115,11 @@ def test_the_real_model_is_built_and_answers_in_english(tmp_path, monkeypatch, c
     assert "134515008" in capsys.readouterr().out
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [
+        0,
+        1,
+        2,
+    ]
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
     assert tokenizer.tokenize("\n   12") == ["ĊĠĠĠ", "1", "2"]  # GPT-2's split gives ĊĠĠ, Ġ, 1, 2
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -120,8 +127,13 @@ def test_the_real_model_is_built_and_answers_in_english(tmp_path, monkeypatch, c
     assert model.generation_config.eos_token_id == [2, 0]
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**chat, do_sample=False, max_new_tokens=40)[0, chat["input_ids"].shape[1]:]
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**chat, do_sample=False, max_new_tokens=40)[
+        0, chat["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id
 

