@@ -89,9 +89,11 @@ def write_dataset(target: Path, split: str, rows: list[dict], label: str) -> Non
     shipped = [{k: v for k, v in row.items() if k not in ("answer", "turns")} for row in rows]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shipped)
     (target / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    files = f"configs:\n- config_name: default\n  data_files:\n  - split: {split}\n"
-    card = f"---\n{files}    path: {split}.jsonl\n---\n\n{label}\n"
-    (target / "README.md").write_text(card, encoding="utf-8")
+    # `datasets` caches a local folder by its name and this config_name, never by what is in it.
+    config_name = hashlib.sha256(lines.encode()).hexdigest()[:12]
+    data_files = [{"split": split, "path": f"{split}.jsonl"}]
+    card = json.dumps({"configs": [{"config_name": config_name, "data_files": data_files}]})
+    (target / "README.md").write_text(f"---\n{card}\n---\n\n{label}\n", encoding="utf-8")
 
 
 def chat_template() -> str:
@@ -156,6 +158,8 @@ def pretrain(tokenizer, texts: list[str], config):
     for ids in encoded[:: options.texts_per_document]:
         ids.append(tokenizer.convert_tokens_to_ids(STOP))
     stream = torch.tensor([token for ids in encoded for token in ids])
+    starts = torch.tensor([0, *(len(ids) for ids in encoded)]).cumsum(0)
+    starts = starts[starts <= len(stream) - len(window)]
     draw = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):  # the caller's own random state stays as it was
         torch.manual_seed(config.seed)
@@ -165,8 +169,8 @@ def pretrain(tokenizer, texts: list[str], config):
         optimizer, options.pretrain_learning_rate, options.pretrain_steps, pct_start=0.1
     )
     for _ in (bar := trange(options.pretrain_steps, desc="pretraining the stand-in", unit="step")):
-        starts = torch.randint(len(stream) - len(window), (options.pretrain_batch,), generator=draw)
-        batch = stream[starts.unsqueeze(1) + window]
+        picked = torch.randint(len(starts), (options.pretrain_batch,), generator=draw)
+        batch = stream[starts[picked].unsqueeze(1) + window]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,42 @@
+"""Shared fixtures: the stand-in's tokenizer without its pretraining, and a tiny offline config."""
+
+import pytest
+
+from atlas_lib import config as configuration
+from atlas_lib import corpus, offline
+
+# Small enough to run the whole pipeline in a minute; it learns nothing, and is not meant to.
+TINY = {
+    "offline.pretrain_steps": 20,
+    "data.n_samples": 64,
+    "data.n_validation": 16,
+    "train.num_train_epochs": 1,
+    "eval.limit": 12,
+    "eval.max_new_tokens": 24,
+}
+
+
+@pytest.fixture(scope="session")
+def offline_config():
+    return configuration.load("sft_qwen05b", "offline")
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return configuration.load("sft_qwen05b", "offline", TINY)
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer(offline_config):
+    """A BPE with ChatML's tokens and Qwen2.5's template, trained on the stand-in's corpus."""
+    options = offline_config.offline
+    texts = corpus.plain_text(options.corpus_seed, 300, options.taught)
+    return offline.train_tokenizer(texts, options.vocab_size)
+
+
+@pytest.fixture
+def tokenizer(trained_tokenizer):
+    """A copy whose chat template a test may change."""
+    import copy
+
+    return copy.deepcopy(trained_tokenizer)
