@@ -91,7 +91,7 @@ class Eval(Section):
 
 
 class Offline(Section):
-    """Sizes of the embedded stand-in; configs/offline.yaml says why each."""
+    """Sizes of the embedded stand-in; configs/base.yaml says why each."""
 
     corpus_seed: int
     taught: list[str]
@@ -149,7 +149,7 @@ class Config(Section):
     audit: Audit
     train: Any
     eval: Eval
-    offline: Offline | None
+    offline: Offline
 
     def as_dict(self) -> dict:
         """Plain values, `train` with only the keys that a layer set."""
@@ -157,11 +157,14 @@ class Config(Section):
 
     def relevant(self, stage: str) -> dict[str, Any]:
         """Dotted key -> value of everything that decides the result of `stage`."""
-        prefixes = [p for s, ps in STAGES.items() if s <= stage for p in ps]
+        prefixes = {p for s, ps in STAGES.items() if s <= stage for p in ps}
+        values = {k: v for k, v in flatten(self.as_dict()).items() if k not in WITHOUT_EFFECT}
+        if not any(str(value).startswith("embedded:") for value in values.values()):
+            prefixes -= {"offline"}  # the stand-in's sizes decide nothing where it is not used
         return {
             key: value
-            for key, value in flatten(self.as_dict()).items()
-            if key not in WITHOUT_EFFECT and any(f"{key}.".startswith(f"{p}.") for p in prefixes)
+            for key, value in values.items()
+            if any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)
         }
 
     def digest(self, stage: str = "04_ifeval_eval") -> str:

@@ -157,7 +157,8 @@ with artifacts.stage(template.STAGE, config, out, [source]) as folder:
 
 import pandas as pd
 
-pd.Series({key: summary[key] for key in ("rows", *template.COUNTED, "supervised_share")}, name="")
+counts = {key: f"{summary[key]:,}" for key in ("rows", *template.COUNTED)}
+pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_share']:.1%}"}})
 
 # %% [markdown]
 # `rows_failed` is the line that matters: in how many rows the two masks differ anywhere.

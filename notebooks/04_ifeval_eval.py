@@ -169,10 +169,11 @@ metrics = ifeval.measure(grid, verdicts)
 assert all(row["n"] == len(prompts) for row in metrics), "a model did not answer every prompt"
 
 columns = ["n", *ifeval.ACCURACIES, "ci95", "at_cap", "stop_rate", "mean_length", "distinct"]
-table = pd.DataFrame(metrics).set_index(["model", "format"])[columns].astype(object)
+table = pd.DataFrame(metrics).set_index(["model", "format"])[columns].T.astype(object)
+table.loc["ci95"] = [f"{low:.3f} to {high:.3f}" for low, high in table.loc["ci95"]]
 if not config.model.instruct:
-    table.loc[("Instruct", "any"), :] = "not run"
-table.style.format(precision=3).set_caption(config.label)
+    table["Instruct", "any"] = "not run"
+table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
 
 # %% [markdown]
 # `ci95` is Wilson's interval of the prompt-level strict accuracy. Compare rows of the same format
@@ -188,7 +189,7 @@ table.style.format(precision=3).set_caption(config.label)
 import matplotlib.pyplot as plt
 
 form = "chat" if "chat" in config.eval.formats else config.eval.formats[0]
-taught = set(config.offline.taught) if config.offline else set()
+taught = set(config.offline.taught if config.data.dataset.startswith("embedded:") else [])
 by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == form}
 shares = pd.DataFrame(
     {name: {kind: p / n for kind, (p, n) in by_type[name].items()} for name in by_type}
