@@ -79,10 +79,10 @@ def first_word(draft: Draft, num_paragraphs: int, nth_paragraph: int, first_word
 
 
 # How the answer that follows an instruction is written; the arguments are IFEval's kwargs.
-# The case types get four sentences: langdetect takes shorter English capitals for other languages.
+# The case types get more sentences: langdetect takes shorter English capitals for other languages.
 WRITERS = {
     "change_case:capital_word_frequency": capital_words,
-    "change_case:english_capital": lambda draft: draft.prose(4).upper(),
+    "change_case:english_capital": lambda draft: draft.prose(3).upper(),
     "change_case:english_lowercase": lambda draft: draft.prose(2).lower(),
     "combination:repeat_prompt": lambda draft, prompt_to_repeat: (
         f"{prompt_to_repeat}\n{draft.text}"
