@@ -96,7 +96,7 @@ WRITERS = {
         f"My answer is {draft.rng.choice(['yes', 'no', 'maybe'])}."
     ),
     "detectable_format:json_format": lambda draft: json.dumps(
-        {"topic": draft.topic, "answer": draft.prose(1)}
+        {"answer": draft.prose(1)}
     ),
     "detectable_format:multiple_sections": sections,
     "detectable_format:number_bullet_lists": lambda draft, num_bullets: "\n".join(
@@ -204,4 +204,5 @@ def plain_text(seed: int, n: int, taught: list[str]) -> list[str]:
     """n texts to pretrain on: prose, or an instruction and its answer; nothing marks where one ends."""
     rng, topics = random.Random(f"{seed}-plain"), words()["topics"]["conversations"]
     rows = [turn(rng, pick(rng, taught), rng.choice(topics)) for _ in range(n)]
-    return [f"{row['prompt']}\n{row['answer']}\n\n" for row in rows]
+    # A space, since "." and line breaks make one token: an answer must end as it does in a chat.
+    return [f"{row['prompt']}\n{row['answer']} " for row in rows]

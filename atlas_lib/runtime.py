@@ -103,33 +103,33 @@ class Device:
     reason: str
 
 
-def device(config: Any) -> Device:
-    """Choose device and precision and say why. RuntimeError if a GPU is missing or too old."""
-    os.environ.setdefault(
-        "CUDA_VISIBLE_DEVICES", "0"
-    )  # Kaggle's "T4" is two; one process drives one
+def gpu_is_there(config: Any) -> bool:
+    """Whether CUDA can be used. Raises RuntimeError where `config` insists on it in vain."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two: one process, one GPU
     import torch
 
-    if not torch.cuda.is_available():
-        if config.run.require_gpu:
-            raise RuntimeError(
-                "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it "
-                "on a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
-                "OVERLAY=offline, or set run.require_gpu=false and wait."
-            )
-        return Device(
-            "cpu", "float32", "no GPU: float32, the type that CPUs compute fast and exactly"
+    found = torch.cuda.is_available()
+    if config.run.require_gpu and not found:
+        raise RuntimeError(
+            "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it on "
+            "a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
+            "OVERLAY=offline (`make run`), or set run.require_gpu=false and wait."
         )
+    return found
+
+
+def device(config: Any) -> Device:
+    """Choose device and precision and say why. RuntimeError if a GPU is missing or too old."""
+    if not gpu_is_there(config):
+        return Device("cpu", "float32", "no GPU, and float32 is fast and exact on a CPU")
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (7, 5):
-        raise RuntimeError(
-            f"The GPU is sm_{major}{minor}; Atlas needs sm_75 (T4) or newer. Choose a T4."
-        )
+        raise RuntimeError(f"The GPU is sm_{major}{minor}; Atlas needs sm_75 (a T4) or newer.")
     if major >= 8:
         return Device("cuda", "bfloat16", f"sm_{major}{minor} computes bfloat16 in hardware")
-    return Device(
-        "cuda", "float16", f"sm_{major}{minor} has no bfloat16 hardware and would emulate it"
-    )
+    return Device("cuda", "float16", f"sm_{major}{minor} would only emulate bfloat16")
 
 
 def secret(name: str) -> str | None:
@@ -160,7 +160,8 @@ def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
     except errors.HfHubHTTPError as error:
         raise ValueError(
             f"The hub does not give {kind} {repo} at {revision or 'main'} "
-            f"({type(error).__name__}); check the name, the revision and, for a private or gated repository, HF_TOKEN."
+            f"({type(error).__name__}); check the name, the revision and, for a private or gated "
+            "repository, HF_TOKEN."
         ) from None
     except Exception as error:
         raise ConnectionError(

@@ -21,6 +21,8 @@ def main() -> None:
         overrides = configuration.parse_assignments(args.set)
         config = configuration.load(args.config, args.overlay, overrides)
         out = runtime.output_folder(args.out, args.config, args.overlay)
+        if config.run.require_gpu and set(args.stages) & {"03_sft_train", "04_ifeval_eval"}:
+            runtime.gpu_is_there(config)  # now, not after the download
         parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
         timings = {
             stage: run_stage(stage, config, out, parameters, args.force) for stage in args.stages
