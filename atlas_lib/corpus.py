@@ -6,7 +6,6 @@ The words are in corpus.yaml. Every answer is written to follow its instructions
 
 import functools
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -47,20 +46,20 @@ class Draft:
 
 
 def highlights(draft: Draft, num_highlights: int) -> str:
-    """Sentences whose first two words are in *asterisks*."""
-    return " ".join(re.sub(r"^(\w+ \w+)", r"*\1*", line) for line in draft.lines(num_highlights))
+    """Three sentences whose first two words are in *asterisks*; at most three are asked for."""
+    return " ".join(re.sub(r"^(\w+ \w+)", r"*\1*", line) for line in draft.lines(3))
 
 
 def sections(draft: Draft, section_spliter: str, num_sections: int) -> str:
-    """One sentence below each numbered heading."""
-    lines = enumerate(draft.lines(num_sections), start=1)
+    """One sentence below each of three numbered headings; at most three are asked for."""
+    lines = enumerate(draft.lines(3), start=1)
     return "\n".join(f"{section_spliter} {number}\n{line}" for number, line in lines)
 
 
 def placeholders(draft: Draft, num_placeholders: int) -> str:
-    """The draft, then what the reader has to fill in."""
-    names = draft.rng.sample(words()["placeholders"], num_placeholders)
-    return f"{draft.text} Please write down {' and '.join(f'[{name}]' for name in names)}."
+    """The draft, then three things for the reader to fill in; at most three are asked for."""
+    one, two, three = (f"[{name}]" for name in draft.rng.sample(words()["placeholders"], 3))
+    return f"{draft.text} Please write down {one}, {two} and {three}."
 
 
 def capital_words(draft: Draft, capital_relation: str, capital_frequency: int) -> str:
@@ -95,9 +94,7 @@ WRITERS = {
     "detectable_format:constrained_response": lambda draft: (
         f"My answer is {draft.rng.choice(['yes', 'no', 'maybe'])}."
     ),
-    "detectable_format:json_format": lambda draft: json.dumps(
-        {"answer": draft.prose(1)}
-    ),
+    "detectable_format:json_format": lambda draft: json.dumps({"answer": draft.prose(1)}),
     "detectable_format:multiple_sections": sections,
     "detectable_format:number_bullet_lists": lambda draft, num_bullets: "\n".join(
         f"* {line}" for line in draft.lines(num_bullets)
@@ -185,23 +182,23 @@ def conversation(rng: random.Random, taught: list[str]) -> dict:
 
 
 def conversations(seed: int, n: int, taught: list[str]) -> list[dict]:
-    """n single- and multi-turn conversations, some with a system turn, some free of instructions."""
+    """n single- and multi-turn conversations, some with a system turn or free of instructions."""
     rng = random.Random(f"{seed}-conversations")
     return [conversation(rng, taught) for _ in range(n)]
 
 
 def prompts(seed: int, split: str, per_taught: int, per_untaught: int, taught: list) -> list[dict]:
-    """IFEval's columns and `answer`: all 25 types and the taught pairs, on the split's own topics."""
+    """IFEval's columns and `answer`: all 25 types and the taught pairs, on the split's topics."""
     rng, first_key = random.Random(f"{seed}-{split}"), 1000 * SPLITS.index(split)
     asked = [[i] for i in WRITERS for _ in range(per_taught if i in taught else per_untaught)]
     asked += taught_pairs(taught)
-    topics = itertools.cycle(rng.sample(words()["topics"][split], len(words()["topics"][split])))
-    rows = [turn(rng, instructions, topic) for instructions, topic in zip(asked, topics)]
+    topics = rng.sample(words()["topics"][split], len(words()["topics"][split]))
+    rows = [turn(rng, given, topics[i % len(topics)]) for i, given in enumerate(asked)]
     return [{"key": first_key + i} | row for i, row in enumerate(rng.sample(rows, len(rows)))]
 
 
 def plain_text(seed: int, n: int, taught: list[str]) -> list[str]:
-    """n texts to pretrain on: prose, or an instruction and its answer; nothing marks where one ends."""
+    """n texts to pretrain on: a request and its answer, with nothing to mark where it ends."""
     rng, topics = random.Random(f"{seed}-plain"), words()["topics"]["conversations"]
     rows = [turn(rng, pick(rng, taught), rng.choice(topics)) for _ in range(n)]
     # A space, since "." and line breaks make one token: an answer must end as it does in a chat.

@@ -1,10 +1,12 @@
 """The slice: load, check and split it, write and read train.jsonl and val.jsonl."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from atlas_lib import artifacts, offline, runtime
+from atlas_lib import config as configuration
 
 STAGE = "01_data_prep"
 FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
@@ -37,7 +39,28 @@ def load_slice(config: Any) -> tuple[Any, Any]:
     # Only `messages`: TRL would read UltraChat's `prompt` column as prompt/completion data.
     rows = rows.shuffle(seed=data.shuffle_seed).select(range(wanted)).select_columns(["messages"])
     check_conversations(rows["messages"], data.dataset)
+    check_known_rows(rows["messages"], known_rows(config))
     return rows.select(range(data.n_samples)), rows.select(range(data.n_samples, wanted))
+
+
+def known_rows(config: Any) -> list[dict]:
+    """Published facts on the first rows of exactly this slice; [] for any other data."""
+    known = json.loads((configuration.FOLDER / "known_rows.json").read_text(encoding="utf-8"))
+    here = config.relevant("02_template_audit")
+    same = all(here[key] == value for key, value in known["holds_for"].items())
+    return known["rows"] if same else []
+
+
+def check_known_rows(conversations: Any, known: list[dict]) -> None:
+    """The first rows start as published. Raises ValueError."""
+    for row, messages in zip(known, conversations, strict=False):
+        first = next(m["content"] for m in messages if m["role"] == "user")
+        if not first.startswith(row["first_user_turn_starts"]):
+            raise ValueError(
+                f"Row {row['idx']} of the slice starts with {first[:60]!r}, the published one with "
+                f"{row['first_user_turn_starts'][:60]!r}: this is another slice; check "
+                "data.revision, data.shuffle_seed and the version of datasets."
+            )
 
 
 def check_conversations(conversations: Any, source: str) -> None:

@@ -1,6 +1,8 @@
 """Load the tokenizer, the base model (full precision or NF4) and adapters, at pinned revisions."""
 
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,29 @@ def load_tokenizer(config: Any) -> Any:
             f"{END_OF_TEXT!r}."
         )
     return tokenizer
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """Hash of the sorted vocabulary, added tokens included."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def check_vocabulary(tokenizer: Any, config: Any) -> str:
+    """The hash that the tokenizer shares with the base model's own. Raises ValueError.
+
+    The tokenizer comes from another repository than the weights: an id has to mean the same there.
+    """
+    from transformers import AutoTokenizer
+
+    name, revision = _locate(config.model.base, config.model.base_revision, config)
+    own = vocabulary_sha256(AutoTokenizer.from_pretrained(name, revision=revision))
+    if own != vocabulary_sha256(tokenizer):
+        raise ValueError(
+            f"The vocabulary of {config.model.tokenizer} is not that of {config.model.base}: ids "
+            "would mean other tokens to the weights. Name a tokenizer of the same family."
+        )
+    return own
 
 
 def shipped_template(name: str) -> str:

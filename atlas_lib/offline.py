@@ -7,8 +7,6 @@ a digest, and then loaded by path through the same calls that load the real thin
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -39,7 +37,7 @@ def resolve(name: str, config) -> str:
 
 
 def digest(config) -> str:
-    """12 hex digits over all that decides the stand-in: its parameters, the seed and the sources."""
+    """12 hex digits over all that decides the stand-in: parameters, seed and sources."""
     parameters = {"seed": config.seed, **vars(config.offline)}
     sources = (Path(__file__), Path(corpus.__file__), Path(corpus.__file__).with_suffix(".yaml"))
     found = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
@@ -49,7 +47,7 @@ def digest(config) -> str:
 
 
 def folder(config) -> Path:
-    """The stand-in's folder. It appears whole or not at all, whoever is killed or builds at once."""
+    """The stand-in's folder. It appears whole or not at all, even if two build or one is killed."""
     import platformdirs
 
     target = Path(platformdirs.user_cache_dir("atlas")) / f"standin-{digest(config)}"
@@ -60,7 +58,7 @@ def folder(config) -> Path:
     with tempfile.TemporaryDirectory(prefix=".standin-", dir=target.parent) as scratch:
         build(Path(scratch) / "standin", config)
         try:
-            os.rename(Path(scratch) / "standin", target)
+            (Path(scratch) / "standin").rename(target)
         except OSError:
             if not target.is_dir():  # else another process was first: its copy is as good
                 raise
@@ -129,16 +127,22 @@ def train_tokenizer(texts: list[str], vocab_size: int):
 
 
 def new_model(tokenizer, options):
-    """An untrained Qwen2ForCausalLM of about 0.5 M parameters that stops on <|endoftext|>, as a base does."""
+    """An untrained Qwen2ForCausalLM; as any base, it knows <|endoftext|> and no turns."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     stop = tokenizer.convert_tokens_to_ids(STOP)
     shape = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=options.hidden_size, intermediate_size=3 * options.hidden_size,
-        num_hidden_layers=options.num_layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=stop, eos_token_id=stop,
-        pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=3 * options.hidden_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=stop,
+        eos_token_id=stop,
+    )
     model = Qwen2ForCausalLM(shape)
     model.generation_config = GenerationConfig(bos_token_id=stop, eos_token_id=stop)
     return model

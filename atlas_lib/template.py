@@ -5,12 +5,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import artifacts, data, model, runtime
 from atlas_lib import config as configuration
@@ -18,8 +21,10 @@ from atlas_lib import config as configuration
 STAGE, ROWS = "02_template_audit", "sft_template_audit.jsonl"
 COUNTED = (
     "rows_ok", "rows_excluded", "rows_dropped", "rows_failed", "rows_truncated", "n_tokens",
-    "n_supervised", "straddling", "turns", "turns_cut", "turns_without_im_end",
+    "n_supervised", "n_supervised_by_trl", "straddling", "turns", "turns_cut",
+    "turns_without_im_end",
 )  # fmt: skip
+PER_ROW = ("n_tokens", "n_supervised", "n_supervised_by_trl", "straddling")
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 END_OF_TURN = "<|im_end|>"
 
@@ -90,32 +95,31 @@ def assistant_spans(text: str) -> list[tuple[int, int]]:
     return [match.span(1) for match in _ASSISTANT_TURN.finditer(text)]
 
 
-def reference_mask(
+def mask_of_spans(
     spans: list[tuple[int, int]], offsets: np.ndarray
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Mask (n_tokens,) bool and token range of each turn, from offsets (n_tokens, 2) in characters.
+    """Mask (n_tokens,) bool and token range of each span, from offsets (n_tokens, 2) in characters.
 
-    Independent of the template: no {% generation %} marker is involved. A token that straddles
-    the newline before the content counts as supervised, since it carries the first characters.
+    A token counts if it overlaps a span. So a token that straddles the newline before an answer
+    is supervised: it carries the first characters, which would go unlearned without it.
     """
     mask, turns = np.zeros(len(offsets), dtype=bool), []
     for start, end in spans:
-        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
-        mask[inside] = True
-        turns.append((int(inside[0]), int(inside[-1]) + 1))
+        first = int(np.searchsorted(offsets[:, 1], start, side="right"))
+        last = int(np.searchsorted(offsets[:, 0], end, side="left"))
+        mask[first:last] = True
+        turns.append((first, last))
     return mask, turns
 
 
-def labels_of(input_ids: list[int], mask: Iterable[bool], max_length: int) -> list[int]:
+def labels_of(input_ids: Any, mask: Any, max_length: int) -> list[int]:
     """What the trainer's loss sees: ids where `mask`, IGNORED elsewhere, cut to `max_length`."""
-    pairs = zip(input_ids[:max_length], mask, strict=False)
-    return [token if supervised else IGNORED for token, supervised in pairs]
+    return np.where(mask, input_ids, IGNORED)[:max_length].tolist()
 
 
-def labels_sha256(input_ids: Iterable[int], labels: Iterable[int]) -> str:
+def labels_sha256(input_ids: list[int], labels: list[int]) -> str:
     """One hash of a row's ids and labels, both already truncated."""
-    rows = [np.asarray(list(values), dtype=np.int32).tobytes() for values in (input_ids, labels)]
-    return hashlib.sha256(b"|".join(rows)).hexdigest()
+    return hashlib.sha256(np.asarray([input_ids, labels], dtype=np.int32).tobytes()).hexdigest()
 
 
 def audit(
@@ -123,9 +127,19 @@ def audit(
 ) -> Iterator[dict]:
     """Yield one row a conversation, with the fields of sft_template_audit.jsonl.
 
-    `tokenizer` carries the patched template; `original` is the unpatched one, from which the
-    reference's text is rendered.
+    `tokenizer` carries the patched template, from whose markers transformers makes the mask.
+    The reference is independent of it: the text comes from the unpatched `original`, the turns
+    from ChatML's grammar, the tokens from the tokenizer's offsets. No marker is involved.
     """
+    trl_template = model.shipped_template("qwen2_5_training")
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    context = _Context(
+        config=config,
+        end_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        special=re.compile("|".join(map(re.escape, special))),
+        known_lengths={row["idx"]: row["n_tokens"] for row in data.known_rows(config)},
+        decode=cache(tokenizer.decode),
+    )
     rows = enumerate(conversations)
     while batch := list(islice(rows, 64)):
         chats = [chat for _, chat in batch]
@@ -136,62 +150,78 @@ def audit(
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
+        _, trl_spans = render_jinja_template(
+            chats, chat_template=trl_template, return_assistant_tokens_mask=True
+        )
         columns = (tokens["input_ids"], tokens["assistant_masks"], tokens["offset_mapping"])
-        for (idx, chat), text, ids, mask, offsets in zip(batch, texts, *columns, strict=True):
-            yield {"idx": idx} | _audit_row(
-                chat,
-                text,
-                ids,
-                np.asarray(mask, dtype=bool),
-                np.asarray(offsets),
-                tokenizer,
-                config,
-            )
+        for (idx, chat), *row in zip(batch, texts, trl_spans, *columns, strict=True):
+            audited = {"idx": idx} | _audit_row(context, chat, *row)
+            published = context.known_lengths.get(idx, audited["n_tokens"])
+            if audited["n_tokens"] != published:
+                audited["verdict"] = "failed"
+                audited["error"] = f"{audited['n_tokens']} tokens where {published} were published"
+            yield audited
 
 
-def _audit_row(chat, text, ids, mask, offsets, tokenizer, config) -> dict:
-    limit, head = config.train.max_length, config.audit.head_tokens
+@dataclass
+class _Context:
+    """What the rows of one audit share."""
+
+    config: Any
+    end_id: int
+    special: re.Pattern
+    known_lengths: dict[int, int]
+    decode: Callable[[int], str]
+
+
+def _audit_row(context, chat, text, trl_spans, ids, mask, offsets) -> dict:
+    limit, head = context.config.train.max_length, context.config.audit.head_tokens
+    mask, offsets = np.asarray(mask, dtype=bool), np.asarray(offsets)
     spans = assistant_spans(text)
-    reference, turns = reference_mask(spans, offsets)
+    reference, turns = mask_of_spans(spans, offsets)
     labels = labels_of(ids, mask, limit)
-    verdict, error = _verdict(chat, mask, reference, labels, tokenizer, config)
-    end_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    verdict, error = _verdict(context, chat, mask, reference)
+    starts = [start for start, _ in spans]
     return {
-        "tokenizer_repo": config.model.tokenizer,
+        "tokenizer_repo": context.config.model.tokenizer,
         "n_tokens": len(ids),
-        "n_supervised": sum(label != IGNORED for label in labels),
+        "n_supervised": int(mask[:limit].sum()),
+        "n_supervised_by_trl": int(mask_of_spans(trl_spans, offsets)[0][:limit].sum()),
         "truncated": len(ids) > limit,
         "turns": [
-            {"start": s, "end": e, "ends_with_im_end": ids[e - 1] == end_id, "cut": e > limit}
+            {
+                "start": s,
+                "end": e,
+                "ends_with_im_end": ids[e - 1] == context.end_id,
+                "cut": e > limit,
+            }
             for s, e in turns
         ],
         "straddling": sum(
-            int(offsets[first, 0]) < start
-            for (first, _), (start, _) in zip(turns, spans, strict=True)
+            int(offsets[first, 0]) < start for (first, _), start in zip(turns, starts, strict=True)
         ),
         "input_ids_head": ids[:head],
         "assistant_mask_head": mask[:head].astype(int).tolist(),
-        "decoded_head": [tokenizer.decode(token) for token in ids[:head]],
-        "rendered_text": text[: config.audit.rendered_characters],
+        "decoded_head": [context.decode(token) for token in ids[:head]],
+        "rendered_text": text[: context.config.audit.rendered_characters],
         "labels_sha256": labels_sha256(ids[:limit], labels),
         "verdict": verdict,
         "error": error,
     }
 
 
-def _verdict(chat, mask, reference, labels, tokenizer, config) -> tuple[str, str | None]:
+def _verdict(context, chat, mask, reference) -> tuple[str, str | None]:
     """One of "ok", "excluded", "dropped" (nothing to learn once cut), "failed"; and why."""
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    forged = [s for s in specials if any(s in (m.get("content") or "") for m in chat)]
-    if forged and config.audit.exclude_forged_turns:
+    forged = context.special.search(json.dumps(chat, ensure_ascii=False))
+    if forged and context.config.audit.exclude_forged_turns:
         return "excluded", f"a message contains the special token {forged[0]}"
     wrong = np.flatnonzero(mask != reference)
     if wrong.size and not forged:
         return "failed", f"template and reference differ at {wrong.size} tokens from {wrong[0]} on"
     if not reference.any():
         return "failed", "no assistant turn found"
-    if all(label == IGNORED for label in labels):
-        return "dropped", f"nothing to learn within {config.train.max_length} tokens"
+    if not mask[: context.config.train.max_length].any():
+        return "dropped", f"nothing to learn within {context.config.train.max_length} tokens"
     return "ok", None
 
 
@@ -207,7 +237,7 @@ def write_audit(folder: Path, rows: Iterable[dict], config: Any) -> dict:
                 [f"row {row['idx']}: {row['error']}"] if row["verdict"] == "failed" else []
             )
             count.update({f"rows_{row['verdict']}": 1, "rows_truncated": row["truncated"]})
-            count.update({key: row[key] for key in ("n_tokens", "n_supervised", "straddling")})
+            count.update({key: row[key] for key in PER_ROW})
             for turn in row["turns"]:
                 count.update(
                     turns=1,

