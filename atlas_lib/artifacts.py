@@ -1,14 +1,15 @@
 """Hand-over between stages: a folder a stage, its manifest written last, every file hashed."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import runtime
+from atlas_lib import offline, runtime
 
 MANIFEST = "manifest.json"
 KAGGLE_INPUT = Path("/kaggle/input")
@@ -37,11 +38,12 @@ def write_lines(path: Path, lines: Any) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a .jsonl file. Raises ValueError that names file and line."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}).") from None
+    with path.open("rb") as file:  # bytes: only \n ends a line, whatever the text holds
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
     return rows
 
 
@@ -50,22 +52,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def stage(name: str, config: Any, out: Path, inputs: list[Path] = ()) -> Iterator[Path]:
     """The folder of stage `name`; its manifest is written last, if nothing went wrong in between.
 
-    `inputs` are the folders of the stages it read; their manifests are recorded by hash.
+    `inputs` are the folders of the stages it read; their manifests are recorded by hash. What an
+    earlier run left in the folder goes first, so that it cannot pass for an output of this one.
     """
     folder = out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.is_dir():
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: from here on it is not finished
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     yield folder
     write_json(
         folder / MANIFEST,
         {
             "stage": name,
             "config_digest": config.digest(name),
-            "relevant": config.relevant(name),
+            "relevant": relevant(name, config),
             "inputs": {path.name: sha256(path / MANIFEST) for path in inputs},
             "outputs": {
                 path.relative_to(folder).as_posix(): sha256(path)
@@ -77,14 +82,33 @@ def stage(name: str, config: Any, out: Path, inputs: list[Path] = ()) -> Iterato
     )
 
 
+def relevant(name: str, config: Any) -> dict[str, Any]:
+    """What decides the result of stage `name`: config keys, and the stand-in where it is used."""
+    keys = config.relevant(name)
+    used = any(str(value).startswith(offline.PREFIX) for value in keys.values())
+    return keys | ({"offline stand-in": offline.digest(config)} if used else {})
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest in `folder`. Raises ValueError if it is damaged."""
+    path = folder / MANIFEST
+    with contextlib.suppress(ValueError):
+        manifest = json.loads(path.read_bytes())
+        if isinstance(manifest, dict) and {"stage", "relevant", "inputs", "outputs"} <= set(
+            manifest
+        ):
+            return manifest
+    raise ValueError(f"{path} is damaged; run {folder.name} again.")
+
+
 def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) -> dict:
     """The manifest of a finished stage that fits `config`, its files intact. Raises ValueError.
 
     `upstream` maps a stage's name to the folder that should be recorded as its input.
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     name, there = manifest["stage"], manifest["relevant"]
-    here = json.loads(json.dumps(config.relevant(name)))
+    here = json.loads(json.dumps(relevant(name, config)))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(

@@ -398,6 +398,10 @@ def test_the_schema_has_exactly_the_fields_of_trls_sftconfig():
     assert configuration.train_section().model_fields.keys() == real
 
 
+def test_trls_own_type_wins_over_transformers():
+    assert configuration.load(RECIPE, "", {"train.bf16": None}).train.bf16 is None
+
+
 def test_no_heavy_library_is_imported_to_validate():
     heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'bitsandbytes'}"
     code = (
