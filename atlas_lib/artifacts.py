@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def stage(name: str, config: Any, out: Path, inputs: list[Path] = ()) -> Iterator[Path]:
+def stage(name: str, config: Any, out: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """The folder of stage `name`; its manifest is written last, if nothing went wrong in between.
 
     `inputs` are the folders of the stages it read; their manifests are recorded by hash. What an
@@ -83,10 +83,17 @@ def stage(name: str, config: Any, out: Path, inputs: list[Path] = ()) -> Iterato
 
 
 def relevant(name: str, config: Any) -> dict[str, Any]:
-    """What decides the result of stage `name`: config keys, and the stand-in where it is used."""
+    """What decides the result of stage `name`: config keys, and what local names stand for."""
     keys = config.relevant(name)
-    used = any(str(value).startswith(offline.PREFIX) for value in keys.values())
-    return keys | ({"offline stand-in": offline.digest(config)} if used else {})
+    names = [value for value in keys.values() if isinstance(value, str)]
+    files = {
+        f"content of {n}": sha256(Path(n))
+        for n in names
+        if n.endswith(".jsonl") and Path(n).is_file()
+    }
+    if any(value.startswith(offline.PREFIX) for value in names):
+        files["offline stand-in"] = offline.digest(config)
+    return keys | files
 
 
 def read_manifest(folder: Path) -> dict:

@@ -1,11 +1,12 @@
 """Bring a notebook's packages: standard library only, before the first heavy import."""
 
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -14,13 +15,13 @@ UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image 
 
 
 def floors() -> dict[str, str]:
-    """Package -> lowest accepted version, from pyproject.toml or the installed metadata."""
+    """Package, with its extra -> lowest version, from pyproject.toml or installed metadata."""
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if pyproject.is_file():
         lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
         lines = importlib.metadata.requires("atlas-sft") or []
-    found = (re.match(r"([\w.-]+)(?:\[\w+\])?\s*>=\s*([\d.]+)", line) for line in lines)
+    found = (re.match(r"([\w.-]+(?:\[\w+\])?)\s*>=\s*([\d.]+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 
 
@@ -33,7 +34,8 @@ def missing() -> list[str]:
     wanted = []
     for package, floor in floors().items():
         try:
-            old = numbers(importlib.metadata.version(package)) < numbers(floor)
+            installed = importlib.metadata.version(package.split("[")[0])
+            old = numbers(installed) < numbers(floor)
         except importlib.metadata.PackageNotFoundError:
             old = True
         if old:
@@ -46,10 +48,15 @@ def ensure() -> None:
     started, wanted = time.monotonic(), missing()
     if not wanted:
         return
-    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or importlib.util.find_spec("google.colab")
+    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "COLAB_RELEASE_TAG" in os.environ
     blocked = [w for w in wanted if w.split(">=")[0] in UNTOUCHABLE]
     if not hosted or blocked:
         raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], check=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        for package in UNTOUCHABLE:
+            constraints.write(f"{package}=={importlib.metadata.version(package)}\n")
+        constraints.flush()
+        pip = [sys.executable, "-m", "pip", "install", "-q", "-c", constraints.name, *wanted]
+        subprocess.run(pip, check=True)
     importlib.invalidate_caches()
     print(f"Installed {', '.join(wanted)} in {time.monotonic() - started:.0f} s.")

@@ -2,16 +2,27 @@
 
 import argparse
 import ast
+import builtins
 import difflib
 import hashlib
 import importlib.util
 import json
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ stands beside the package; an installed wheel carries it inside.
@@ -24,14 +35,30 @@ STAGES = {
         "model.tokenizer", "model.tokenizer_revision", "model.chat_template", "model.pad_token",
         "train.max_length", "audit",
     ),
-    "03_sft_train": ("seed", "model", "quantization", "lora", "train"),
-    "04_ifeval_eval": ("eval", "label"),
+    "03_sft_train": (
+        "seed", "model.base", "model.base_revision", "quantization", "lora", "train",
+    ),
+    "04_ifeval_eval": ("model", "eval", "label"),
 }  # fmt: skip
-WITHOUT_EFFECT = ("train.report_to", "train.disable_tqdm", "train.dataloader_num_workers")
+# Names, places and secrets among SFTConfig's fields: they decide no result and enter no manifest.
+WITHOUT_EFFECT = re.compile(
+    r"train\.(report_to|run_name|project|output_dir|disable_tqdm|log_\w+|logging_dir|push_to_hub"
+    r"|hub_\w+|trackio_\w+|dataloader_\w+|resume_from_checkpoint)"
+)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and kind is not Any and bool not in (kind, *get_args(kind)):
+            raise ValueError("it should not be true or false")
+        return value
 
 
 class Run(Section):
@@ -61,7 +88,7 @@ class Quantization(Section):
 class Lora(Section):
     r: PositiveInt
     lora_alpha: PositiveInt
-    lora_dropout: float
+    lora_dropout: float = Field(ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"]
     target_modules: list[str]
 
@@ -85,7 +112,7 @@ class Eval(Section):
     prompts: str
     prompts_revision: str | None
     limit: PositiveInt | None
-    formats: list[Literal["raw", "chat"]]
+    formats: list[Literal["raw", "chat"]] = Field(min_length=1)
     max_new_tokens: PositiveInt
     load_in_4bit: bool
 
@@ -98,8 +125,8 @@ class Offline(Section):
     n_conversations: PositiveInt
     n_texts: PositiveInt
     texts_per_document: PositiveInt
-    n_prompts_per_type: list[PositiveInt]
-    n_dev_prompts_per_type: list[PositiveInt]
+    n_prompts_per_type: list[PositiveInt] = Field(min_length=2, max_length=2)
+    n_dev_prompts_per_type: list[PositiveInt] = Field(min_length=2, max_length=2)
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -129,11 +156,13 @@ def train_section() -> type[Section]:
 
 
 def _annotation(node: ast.expr) -> Any:
-    """The type an annotation spells if it is plain Python; Any where it needs the library's own."""
-    try:
-        return eval(ast.unparse(node), {"Any": Any, "Literal": Literal})
-    except NameError:
-        return Any
+    """The type that an annotation spells; the library's own enums are given by their names."""
+    return eval(ast.unparse(node), {}, _Names(vars(builtins) | {"Any": Any, "Literal": Literal}))
+
+
+class _Names(dict):
+    def __missing__(self, name: str) -> type:
+        return str
 
 
 class Config(Section):
@@ -157,15 +186,16 @@ class Config(Section):
 
     def relevant(self, stage: str) -> dict[str, Any]:
         """Dotted key -> value of everything that decides the result of `stage`."""
-        prefixes = {p for s, ps in STAGES.items() if s <= stage for p in ps}
-        values = {k: v for k, v in flatten(self.as_dict()).items() if k not in WITHOUT_EFFECT}
-        if not any(str(value).startswith("embedded:") for value in values.values()):
-            prefixes -= {"offline"}  # the stand-in's sizes decide nothing where it is not used
-        return {
+        prefixes = tuple(f"{p}." for s, ps in STAGES.items() if s <= stage for p in ps)
+        values = {
             key: value
-            for key, value in values.items()
-            if any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)
+            for key, value in flatten(self.as_dict()).items()
+            if f"{key}.".startswith(prefixes) and not WITHOUT_EFFECT.fullmatch(key)
         }
+        if any(str(value).startswith("embedded:") for value in values.values()):
+            return values
+        # The stand-in's sizes decide nothing where it is not used.
+        return {key: value for key, value in values.items() if not key.startswith("offline.")}
 
     def digest(self, stage: str = "04_ifeval_eval") -> str:
         """First 12 hex digits of the SHA-256 of `relevant(stage)`."""
@@ -179,6 +209,8 @@ def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> C
     merged: dict = {}
     for layer in layers:
         _merge(merged, layer)
+    if merged.get("train", {}).get("hub_token"):
+        raise ValueError("train.hub_token would leave a secret in files; set HF_TOKEN instead.")
     try:
         schema = create_model("Config", __base__=Config, train=(train_section(), ...))
         return schema.model_validate(merged)
@@ -187,7 +219,7 @@ def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> C
 
 
 def available() -> list[str]:
-    """Names that CONFIG and OVERLAY accept."""
+    """Names of the layers above base: recipes for CONFIG and overlays."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "base")
 
 
@@ -204,13 +236,22 @@ def _read(name: str) -> dict:
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available())}.")
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML's value of `text`. Raises ValueError that names the source."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{source} is not YAML: {problem}; check brackets and quotes.") from None
 
 
 def _overrides(overrides: dict | str | None) -> dict:
     """SET as a nested dict; `papermill -p` delivers it as a JSON or YAML string."""
-    given = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
-    if not isinstance(given or {}, dict):
+    given = parse_yaml(overrides, "SET") if isinstance(overrides, str) else overrides
+    if not isinstance(given or {}, dict) or not all(isinstance(key, str) for key in given or {}):
         raise ValueError(
             f"SET must map dotted keys to values, like {{train.max_steps: 10}}; got {given!r}."
         )
@@ -247,9 +288,12 @@ def _is_section(kind: Any) -> bool:
 def _sentence(error: ValidationError) -> str:
     """The first problem as one sentence that names key, value and what was expected."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    known = _known_keys(Config)
+    # Without the union's member that pydantic appends; a list's index stays.
+    parts = [p for p in problem["loc"] if isinstance(p, int) or re.fullmatch(r"[a-z_0-9]+", p)]
+    key = ".".join(map(str, parts))
     if problem["type"] == "extra_forbidden":
-        known, parent = _known_keys(Config), key.rpartition(".")[0]
+        parent = key.rpartition(".")[0]
         siblings = [k for k in known if k.rpartition(".")[0] == parent]
         near = difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(
             key, known, n=1, cutoff=0.0
@@ -258,7 +302,7 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
     value = problem["input"]
-    expected = problem["msg"].replace("Input should", "it should")
+    expected = problem["msg"].replace("Input should", "it should").removeprefix("Value error, ")
     return f"{key} is {value!r} ({type(value).__name__}); {expected}."
 
 
@@ -281,7 +325,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for text in assignments:
         if "=" not in text:
             raise ValueError(f"--set {text!r} is not KEY=VALUE.")
-    return {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in assignments)}
+    pairs = [text.partition("=") for text in assignments]
+    return {key: parse_yaml(value, f"--set {key}={value}") for key, _, value in pairs}
 
 
 if __name__ == "__main__":

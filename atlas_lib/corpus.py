@@ -32,17 +32,16 @@ class Draft:
     request: str
     text: str = ""
 
-    def lines(self, n: int) -> list[str]:
-        """n sentences on the topic, each of another pattern."""
+    def lines(self, n: int, naming_topic: bool = True) -> list[str]:
+        """n sentences, each of another pattern; on request of those that leave the topic out."""
         slots = {name: self.rng.choice(options) for name, options in words()["slots"].items()}
-        patterns = self.rng.sample(words()["sentences"], n)
-        return [
-            p.format(topic=self.topic, Topic=self.topic.capitalize(), **slots) for p in patterns
-        ]
+        slots |= {"topic": self.topic, "Topic": self.topic.capitalize()}
+        patterns = [p for p in words()["sentences"] if naming_topic or "topic}" not in p.lower()]
+        return [pattern.format(**slots) for pattern in self.rng.sample(patterns, n)]
 
-    def prose(self, n: int) -> str:
-        """n sentences on the topic as one paragraph."""
-        return " ".join(self.lines(n))
+    def prose(self, n: int, naming_topic: bool = True) -> str:
+        """The same as one paragraph."""
+        return " ".join(self.lines(n, naming_topic))
 
 
 def highlights(draft: Draft, num_highlights: int) -> str:
@@ -78,10 +77,11 @@ def first_word(draft: Draft, num_paragraphs: int, nth_paragraph: int, first_word
 
 
 # How the answer that follows an instruction is written; the arguments are IFEval's kwargs.
-# The case types get more sentences: langdetect takes shorter English capitals for other languages.
+# Capitals get a sentence more: langdetect takes short ones for another language. And no topic:
+# the small vocabulary would have to spell it letter by letter.
 WRITERS = {
     "change_case:capital_word_frequency": capital_words,
-    "change_case:english_capital": lambda draft: draft.prose(3).upper(),
+    "change_case:english_capital": lambda draft: draft.prose(3, naming_topic=False).upper(),
     "change_case:english_lowercase": lambda draft: draft.prose(2).lower(),
     "combination:repeat_prompt": lambda draft, prompt_to_repeat: (
         f"{prompt_to_repeat}\n{draft.text}"
@@ -198,8 +198,9 @@ def prompts(seed: int, split: str, per_taught: int, per_untaught: int, taught: l
 
 
 def plain_text(seed: int, n: int, taught: list[str]) -> list[str]:
-    """n texts to pretrain on: a request and its answer, with nothing to mark where it ends."""
+    """n texts to pretrain on: a request and its answer or, in one of four, an answer alone."""
     rng, topics = random.Random(f"{seed}-plain"), words()["topics"]["conversations"]
     rows = [turn(rng, pick(rng, taught), rng.choice(topics)) for _ in range(n)]
+    requests = [f"{row['prompt']}\n" if i % 4 else "" for i, row in enumerate(rows)]
     # A space, since "." and line breaks make one token: an answer must end as it does in a chat.
-    return [f"{row['prompt']}\n{row['answer']} " for row in rows]
+    return [f"{said}{row['answer']} " for said, row in zip(requests, rows, strict=True)]

@@ -12,35 +12,45 @@ STAGE = "01_data_prep"
 FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
-def load_split(name: str, revision: str | None, split: str, config: Any) -> Any:
-    """A `datasets.Dataset` from the hub, a local folder or .jsonl, or the embedded stand-in."""
-    from datasets import load_dataset
-
-    path = offline.resolve(name, config)
-    if path.endswith((".jsonl", ".json")):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl or a hub id.")
-        return load_dataset("json", data_files={split: path}, split=split)
-    if not Path(path).exists():
-        runtime.check_hub(path, revision, "dataset")
-    return load_dataset(path, revision=revision, split=split)
-
-
 def load_slice(config: Any) -> tuple[Any, Any]:
-    """Training and validation rows: the first n_samples of one shuffle, then n_validation more."""
+    """Training and validation rows: the first n_samples of one shuffle, then n_validation more.
+
+    Both are `datasets.Dataset`s of `messages` alone: TRL would read UltraChat's `prompt` column as
+    prompt/completion data.
+    """
+    from datasets import Dataset
+
     data = config.data
-    rows = load_split(data.dataset, data.revision, data.split, config)
-    wanted = data.n_samples + data.n_validation
+    rows, wanted = load_rows(config), data.n_samples + data.n_validation
     if wanted > len(rows):
         raise ValueError(
             f"data.n_samples {data.n_samples} + data.n_validation {data.n_validation} is more than "
             f"the {len(rows)} rows of {data.dataset}; lower one of them."
         )
-    # Only `messages`: TRL would read UltraChat's `prompt` column as prompt/completion data.
-    rows = rows.shuffle(seed=data.shuffle_seed).select(range(wanted)).select_columns(["messages"])
-    check_conversations(rows["messages"], data.dataset)
-    check_known_rows(rows["messages"], known_rows(config))
-    return rows.select(range(data.n_samples)), rows.select(range(data.n_samples, wanted))
+    order = Dataset.from_dict({"row": range(len(rows))}).shuffle(seed=data.shuffle_seed)["row"]
+    chosen = [rows[row].get("messages") for row in order[:wanted]]
+    check_conversations(chosen, data.dataset)
+    check_known_rows(chosen, known_rows(config))
+    dataset = Dataset.from_list([{"messages": messages} for messages in chosen])
+    return dataset.select(range(data.n_samples)), dataset.select(range(data.n_samples, wanted))
+
+
+def load_rows(config: Any) -> Any:
+    """Rows with `messages`, by index: of the hub, a local folder or .jsonl, or the stand-in."""
+    from datasets import load_dataset
+
+    path = offline.resolve(config.data.dataset, config)
+    if path.endswith(".jsonl"):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl or a hub id.")
+        rows = artifacts.read_jsonl(Path(path))
+        if not rows or not all(isinstance(row, dict) and "messages" in row for row in rows[:1]):
+            raise ValueError(f"{path} has no rows with `messages`; each line needs that key.")
+        return rows
+    if not Path(path).is_dir():
+        runtime.check_hub(path, config.data.revision, "dataset")
+    rows = load_dataset(path, revision=config.data.revision, split=config.data.split)
+    return rows.select_columns(["messages"])
 
 
 def known_rows(config: Any) -> list[dict]:
@@ -75,10 +85,12 @@ def check_conversations(conversations: Any, source: str) -> None:
 
 def conversation_problem(messages: Any) -> str | None:
     """What is wrong with one conversation in a few words, or None."""
-    if not messages:
-        return "`messages` is empty or missing"
+    if not messages or not isinstance(messages, list):
+        return "`messages` is empty or missing, or no list"
     previous = None
     for turn, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"turn {turn} is no object with role and content"
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
             return f"turn {turn} has the unknown role {role!r}"

@@ -44,9 +44,22 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
 
 
 def ran_through(stage: str, out: Path) -> bool:
-    """Whether out/notebooks has the executed page and it ran to its end without an error."""
-    page = out / "notebooks" / f"{stage}.ipynb"
-    if not page.is_file():
+    """Whether out/notebooks has this very page, executed to its end without an error."""
+    try:
+        page = json.loads((out / "notebooks" / f"{stage}.ipynb").read_bytes())
+        run = page["metadata"]["papermill"]
+        source = json.loads((FOLDER / f"{stage}.ipynb").read_bytes())
+    except (OSError, ValueError, KeyError):
         return False
-    run = json.loads(page.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
-    return bool(run.get("end_time")) and not run.get("exception")
+    return bool(run["end_time"]) and not run["exception"] and _code(page) == _code(source)
+
+
+def _code(page: dict) -> list[str]:
+    """The sources of the code cells, without the one that papermill injected."""
+    cells = [cell for cell in page["cells"] if cell["cell_type"] == "code"]
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    return [
+        "".join(cell["source"])
+        for cell, tagged in zip(cells, tags, strict=True)
+        if "injected-parameters" not in tagged
+    ]

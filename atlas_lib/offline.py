@@ -6,8 +6,10 @@ a digest, and then loaded by path through the same calls that load the real thin
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from atlas_lib import corpus
@@ -111,13 +113,11 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=False
-    )
-    template = chat_template()
+    alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), [STOP, TURN_START, TURN_END]
+    size, template = vocab_size - len(specials), chat_template()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([*texts, template], trainer)  # the template holds the system prompt
-    bpe.add_special_tokens([STOP, TURN_START, TURN_END])
+    bpe.add_special_tokens(specials)  # after the merges, as in Qwen: the highest ids
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=TURN_END, pad_token=STOP, model_max_length=1024,
         extra_special_tokens=[TURN_START, TURN_END],
@@ -128,7 +128,7 @@ def train_tokenizer(texts: list[str], vocab_size: int):
 
 def new_model(tokenizer, options):
     """An untrained Qwen2ForCausalLM; as any base, it knows <|endoftext|> and no turns."""
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     stop = tokenizer.convert_tokens_to_ids(STOP)
     shape = Qwen2Config(
@@ -143,38 +143,43 @@ def new_model(tokenizer, options):
         bos_token_id=stop,
         eos_token_id=stop,
     )
-    model = Qwen2ForCausalLM(shape)
-    model.generation_config = GenerationConfig(bos_token_id=stop, eos_token_id=stop)
-    return model
+    return Qwen2ForCausalLM(shape)
 
 
-def pretrain(tokenizer, texts: list[str], config):
-    """Next-token prediction on windows of pretrain_length tokens that begin with a text.
+def windows(tokenizer, texts: list[str], options, seed: int) -> Iterator:
+    """Random batches (pretrain_batch, pretrain_length) of token ids; each row begins with a text.
 
-    The texts run on without <|endoftext|> or chat tokens: the base never learns to stop.
+    A text is followed by the next: only one in texts_per_document ends with <|endoftext|>, and none
+    holds a chat token, so that the base does not learn to stop after an answer.
     """
     import torch
-    from tqdm.auto import trange
 
-    options = config.offline
-    window = torch.arange(options.pretrain_length)
     encoded = tokenizer(texts)["input_ids"]
     for ids in encoded[:: options.texts_per_document]:
         ids.append(tokenizer.convert_tokens_to_ids(STOP))
     stream = torch.tensor([token for ids in encoded for token in ids])
     starts = torch.tensor([0, *(len(ids) for ids in encoded)]).cumsum(0)
-    starts = starts[starts <= len(stream) - len(window)]
-    draw = torch.Generator().manual_seed(config.seed)
+    starts = starts[starts <= len(stream) - options.pretrain_length]
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        picked = torch.randint(len(starts), (options.pretrain_batch, 1), generator=generator)
+        yield stream[starts[picked] + torch.arange(options.pretrain_length)]
+
+
+def pretrain(tokenizer, texts: list[str], config):
+    """A model after pretrain_steps of next-token prediction on the texts, decided by the seed."""
+    import torch
+    from tqdm.auto import tqdm
+
+    options = config.offline
     with torch.random.fork_rng(devices=[]):  # the caller's own random state stays as it was
         torch.manual_seed(config.seed)
         model = new_model(tokenizer, options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.pretrain_learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.pretrain_learning_rate, options.pretrain_steps, pct_start=0.1
-    )
-    for _ in (bar := trange(options.pretrain_steps, desc="pretraining the stand-in", unit="step")):
-        picked = torch.randint(len(starts), (options.pretrain_batch,), generator=draw)
-        batch = stream[starts[picked].unsqueeze(1) + window]
+    rate, steps = options.pretrain_learning_rate, options.pretrain_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    batches = itertools.islice(windows(tokenizer, texts, options, config.seed), steps)
+    for batch in (bar := tqdm(batches, "pretraining the stand-in", steps, unit="step")):
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

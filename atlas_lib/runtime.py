@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The GPU's name, else the processor's kind and cores; never initialises CUDA by itself."""
+    """The GPU's name if torch is loaded and sees one, else the processor's kind and cores."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
@@ -156,8 +156,15 @@ def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
     if constants.HF_HUB_OFFLINE:  # the user says that everything is cached; the loader will tell
         return
     try:
-        HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10)
+        HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=5)
+    except errors.HFValidationError:
+        raise ValueError(f"{repo} is neither a hub id nor an existing file or folder.") from None
     except errors.HfHubHTTPError as error:
+        if error.response.status_code == 429 or error.response.status_code >= 500:
+            raise ConnectionError(
+                f"The Hugging Face hub answers {error.response.status_code}; try again in a while, "
+                "or run without a hub: OVERLAY=offline (`make run`)."
+            ) from None
         raise ValueError(
             f"The hub does not give {kind} {repo} at {revision or 'main'} "
             f"({type(error).__name__}); check the name, the revision and, for a private or gated "
@@ -176,6 +183,8 @@ def report_to(config: Any) -> str:
     key = secret("WANDB_API_KEY") if config.train.report_to == "wandb" else None
     if key:
         os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
+        if os.environ.get("WANDB_MODE") == "disabled":
+            del os.environ["WANDB_MODE"]  # set below, before the key was there
         print("W&B: on (a key was found).")
         return "wandb"
     os.environ["WANDB_MODE"] = "disabled"

@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(configuration.STAGES))
     parser.add_argument("--config", default="sft_qwen05b")
     parser.add_argument("--overlay", default="")
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     unknown = set(args.stages) - set(configuration.STAGES)
     if unknown:
         parser.error(f"unknown stage {min(unknown)}; there are: {', '.join(configuration.STAGES)}")
-    args.stages = sorted(args.stages) or list(configuration.STAGES)
+    args.stages = sorted(set(args.stages)) or list(configuration.STAGES)
     return args
 
 
