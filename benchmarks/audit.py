@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import artifacts, corpus, runtime, template
+from atlas_lib import artifacts, audit, corpus, runtime, template
 from atlas_lib import config as configuration
 from tools import qwen_tokenizer
 
@@ -56,8 +56,8 @@ def seconds(work) -> float:
 
 def audit_to_disk(tokenizer, original, config, chats) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
-        rows = template.audit(tokenizer, original, chats, config)
-        return template.write_audit(Path(scratch), rows, config)
+        rows = audit.audit_rows(tokenizer, original, chats, config)
+        return audit.write_audit(Path(scratch), rows, config)
 
 
 def limit(tokenizer, original, chats) -> None:

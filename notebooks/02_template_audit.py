@@ -58,7 +58,7 @@ bootstrap.ensure()
 # %%
 from IPython.display import HTML, Markdown, display
 
-from atlas_lib import artifacts, data, model, runtime, template
+from atlas_lib import artifacts, audit, data, model, runtime, template
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -130,7 +130,7 @@ def show_strip(row: dict) -> HTML:
     return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')
 
 
-row = next(template.audit(tokenizer, original, conversations[:1], config))
+row = next(audit.audit_rows(tokenizer, original, conversations[:1], config))
 pairs = zip(row["decoded_head"], row["assistant_mask_head"], strict=True)
 plain = "".join(f"⟦{token}⟧" if supervised else token for token, supervised in pairs)
 print(re.sub("⟧⟦", "", plain))
@@ -152,13 +152,13 @@ show_strip(row)
 # and listed.
 
 # %%
-with artifacts.stage(template.STAGE, config, out, [source]) as folder:
-    rows = template.audit(tokenizer, original, conversations, config)
-    summary = template.write_audit(folder, rows, config)
+with artifacts.stage(audit.STAGE, config, out, [source]) as folder:
+    rows = audit.audit_rows(tokenizer, original, conversations, config)
+    summary = audit.write_audit(folder, rows, config)
 
 import pandas as pd
 
-counts = {key: f"{summary[key]:,}" for key in ("rows", *template.COUNTED)}
+counts = {key: f"{summary[key]:,}" for key in ("rows", *audit.COUNTED)}
 pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_share']:.1%}"}})
 
 # %% [markdown]

@@ -61,7 +61,7 @@ import math
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, data, generate, model, progress, runtime, template
+from atlas_lib import artifacts, audit, data, generate, model, progress, runtime, template
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -79,11 +79,9 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 
 # %%
 source = artifacts.require(data.STAGE, config, out, data.prepare)
-audit = template.require_passed(config, out, source)
+audited = audit.require_passed(config, out, source)
 kept = [
-    row["idx"]
-    for row in artifacts.read_jsonl(audit / template.ROWS)
-    if row["verdict"] != "excluded"
+    row["idx"] for row in artifacts.read_jsonl(audited / audit.ROWS) if row["verdict"] != "excluded"
 ]
 conversations = data.read(source)
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
@@ -161,7 +159,7 @@ model.keep_adapter_in_float32(trainer.model, device)
 # %%
 trainable, total = model.parameter_counts(trainer.model)
 print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-compared = template.check_trainer(trainer.train_dataset, audit)
+compared = audit.check_trainer(trainer.train_dataset, audited)
 assert compared == len(trainer.train_dataset)
 print(f"{compared:,} rows: the trainer's labels are exactly those that the audit proved")
 
@@ -212,7 +210,7 @@ size = {"steps": result.global_step, "rows_compared_with_audit": compared}
 size |= {"trainable_parameters": trainable, "total_parameters": total}
 spent = {"precision": device.dtype, "seconds": result.metrics["train_runtime"]}
 
-with artifacts.stage("03_sft_train", config, out, [source, audit]) as folder:
+with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
     model.save_adapter(trainer.model, folder / "adapter", config, tokenizer.chat_template)
     artifacts.write_jsonl(folder / "train_log.jsonl", trainer.state.log_history)
     artifacts.write_json(

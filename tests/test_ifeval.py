@@ -237,7 +237,7 @@ def test_bad_prompts_files_are_named(tmp_path, lines, sentence):
 
 
 def test_a_missing_prompts_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         ifeval.load_prompts(str(tmp_path / "none.jsonl"), None)
 
 

@@ -148,8 +148,8 @@ def test_papermill_runs_a_notebook_by_itself(tmp_path):
 
 def test_the_first_two_stages_need_neither_trl_nor_peft(tmp_path):
     code = (
-        "import sys, pathlib; from atlas_lib import config, template; from conftest import TINY;"
-        "template.prepare(config.load('sft_qwen05b', 'offline', TINY), pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib; from atlas_lib import audit, config; from conftest import TINY;"
+        "audit.prepare(config.load('sft_qwen05b', 'offline', TINY), pathlib.Path(sys.argv[1]));"
         "print(sorted({'trl', 'peft', 'bitsandbytes'} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}

