@@ -107,7 +107,7 @@ def convert(gguf: Path, folder: Path) -> int:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=SOURCE["dtype"]
     )
-    # A model that came from GGUF refuses to be saved: hand its weights to one that never heard of it.
+    # A model that came from GGUF refuses to be saved: hand its weights to one that does not.
     config = loaded.config.to_dict() | {"pad_token_id": tokenizer.pad_token_id}
     del config["quantization_config"]
     model = AutoModelForCausalLM.from_config(
@@ -139,7 +139,7 @@ def build(folder: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Build or reuse the folder and print where it comes from; a failure exits with one sentence."""
+    """Build or reuse the folder and say where it comes from; a failure is one sentence."""
     parser = argparse.ArgumentParser(prog="python -m tools.smollm2", description=__doc__)
     parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "build" / "smollm2")
     folder = parser.parse_args(arguments).to.resolve()
