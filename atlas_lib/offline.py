@@ -6,13 +6,12 @@ a digest, and then loaded by path through the same calls that load the real thin
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import corpus
+from atlas_lib import corpus, progress
 
 PREFIX = "embedded:"
 NAMES = ("base", "tokenizer", "ultrachat", "ifeval", "dev")
@@ -79,7 +78,8 @@ def build(target: Path, config) -> None:
         write_dataset(target / name, "train", rows, config.label)
     texts = corpus.plain_text(seed, options.n_texts, taught)
     tokenizer = train_tokenizer(texts, options.vocab_size)
-    tokenizer.save_pretrained(target / "tokenizer")
+    for name in ("tokenizer", "base"):  # as on the hub, the weights have a tokenizer of their own
+        tokenizer.save_pretrained(target / name)
     pretrain(tokenizer, texts, config).save_pretrained(target / "base")
 
 
@@ -169,7 +169,6 @@ def windows(tokenizer, texts: list[str], options, seed: int) -> Iterator:
 def pretrain(tokenizer, texts: list[str], config):
     """A model after pretrain_steps of next-token prediction on the texts, decided by the seed."""
     import torch
-    from tqdm.auto import tqdm
 
     options = config.offline
     with torch.random.fork_rng(devices=[]):  # the caller's own random state stays as it was
@@ -178,13 +177,13 @@ def pretrain(tokenizer, texts: list[str], config):
     rate, steps = options.pretrain_learning_rate, options.pretrain_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-    batches = itertools.islice(windows(tokenizer, texts, options, config.seed), steps)
-    for batch in (bar := tqdm(batches, "pretraining the stand-in", steps, unit="step")):
+    batches = windows(tokenizer, texts, options, config.seed)
+    for _ in progress.track(range(steps), "pretraining the stand-in"):
+        batch = next(batches)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
     return model.eval()
