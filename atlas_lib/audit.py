@@ -39,6 +39,7 @@ def audit_rows(
         config=config,
         end_id=tokenizer.convert_tokens_to_ids(template.END_OF_TURN),
         special=re.compile("|".join(map(re.escape, special))),
+        special_ids=frozenset(tokenizer.convert_tokens_to_ids(special)),
         known_lengths={row["idx"]: row["n_tokens"] for row in data.known_rows(config)},
         decode=cache(tokenizer.decode),
     )
@@ -55,8 +56,9 @@ def audit_rows(
         _, trl_spans = render_jinja_template(
             chats, chat_template=trl_template, return_assistant_tokens_mask=True
         )
+        patched = tokenizer.apply_chat_template(chats, tokenize=False)
         columns = (tokens["input_ids"], tokens["assistant_masks"], tokens["offset_mapping"])
-        for (idx, chat), *row in zip(batch, texts, trl_spans, *columns, strict=True):
+        for (idx, chat), *row in zip(batch, texts, patched, trl_spans, *columns, strict=True):
             audited = {"idx": idx} | _audit_row(context, chat, *row)
             published = context.known_lengths.get(idx, audited["n_tokens"])
             if audited["n_tokens"] != published:
@@ -72,17 +74,20 @@ class _Context:
     config: Any
     end_id: int
     special: re.Pattern
+    special_ids: frozenset[int]
     known_lengths: dict[int, int]
     decode: Callable[[int], str]
 
 
-def _audit_row(context, chat, text, trl_spans, ids, mask, offsets) -> dict:
+def _audit_row(context, chat, text, patched, trl_spans, ids, mask, offsets) -> dict:
     limit, head = context.config.train.max_length, context.config.audit.head_tokens
     mask, offsets = np.asarray(mask, dtype=bool), np.asarray(offsets)
     spans = template.assistant_spans(text)
     reference, turns = template.mask_of_spans(spans, offsets)
     labels = template.labels_of(ids, mask, limit)
-    verdict, error = _verdict(context, chat, mask, reference)
+    verdict, error = _verdict(context, chat, text, ids, mask, reference)
+    if patched != text:
+        verdict, error = "failed", "the marked template renders another text than the original one"
     starts = [start for start, _ in spans]
     return {
         "tokenizer_repo": context.config.model.tokenizer,
@@ -112,14 +117,22 @@ def _audit_row(context, chat, text, trl_spans, ids, mask, offsets) -> dict:
     }
 
 
-def _verdict(context, chat, mask, reference) -> tuple[str, str | None]:
+def _verdict(context, chat, text, ids, mask, reference) -> tuple[str, str | None]:
     """One of "ok", "excluded", "dropped" (nothing to learn once cut), "failed"; and why."""
+    written, tokens = context.special.findall(text), [i for i in ids if i in context.special_ids]
+    if len(written) != len(tokens):
+        return "failed", f"{len(tokens)} special tokens where the text has {len(written)}"
     forged = context.special.search(json.dumps(chat, ensure_ascii=False))
     if forged and context.config.audit.exclude_forged_turns:
         return "excluded", f"a message contains the special token {forged[0]}"
     wrong = np.flatnonzero(mask != reference)
     if wrong.size and not forged:
-        return "failed", f"template and reference differ at {wrong.size} tokens from {wrong[0]} on"
+        first = int(wrong[0])
+        should = "should" if reference[first] else "should not"
+        return "failed", (
+            f"template and reference differ at {wrong.size} tokens: token {first} "
+            f"({context.decode(ids[first])!r}) {should} be supervised"
+        )
     if not reference.any():
         return "failed", "no assistant turn found"
     if not mask[: context.config.train.max_length].any():

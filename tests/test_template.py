@@ -189,6 +189,8 @@ FAULTS = {
     "missing <|im_end|>": ("message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}", "message.content }}{%- endgeneration %}{{- '<|im_end|>\\n' }}"),
     "user turn supervised": ("{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}", "{{- '<|im_start|>' + message.role + '\\n' }}{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}"),
     "only the last turn": ("not message.tool_calls %}{{- '<|im_start|>assistant\\n' }}", "not message.tool_calls and not loop.last %}{{- '<|im_start|>assistant\\n' + message.content + '<|im_end|>\\n' }}{%- elif message.role == 'assistant' and not message.tool_calls %}{{- '<|im_start|>assistant\\n' }}"),
+    "header supervised": ("{{- '<|im_start|>assistant\\n' }}{%- generation %}{{- message.content", "{%- generation %}{{- '<|im_start|>assistant\\n' + message.content"),
+    "system turn supervised": ("{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}", "{%- generation %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{%- endgeneration %}"),
     "all zero": ("{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}", "{{- message.content + '<|im_end|>' }}"),
 }  # fmt: skip
 
@@ -204,7 +206,40 @@ def test_a_planted_template_fault_fails_the_audit(pair, tiny_config, fault):
     )
     [row] = audited_rows((broken, pair[1]), [CHAT], tiny_config)
     assert row["verdict"] == "failed"
-    assert re.search(r"template and reference differ at \d+ tokens", row["error"])
+    assert re.search(
+        r"differ at \d+ tokens: token \d+ \(.+\) should( not)? be supervised", row["error"]
+    )
+
+
+def test_another_default_system_turn_is_found(pair, tiny_config):
+    broken = copy.deepcopy(pair[0])
+    broken.chat_template = broken.chat_template.replace("You are Qwen", "You are Qwon")
+    [row] = audited_rows((broken, pair[1]), [CHAT[1:3]], tiny_config)
+    assert (row["verdict"], "renders another text" in row["error"]) == ("failed", True)
+
+
+def test_a_doubled_special_token_is_found(pair, tiny_config):
+    from tokenizers.processors import TemplateProcessing
+
+    broken = copy.deepcopy(pair[0])
+    end = broken.convert_tokens_to_ids("<|im_start|>")
+    broken.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", end)]
+    )
+    plain_call = type(broken).__call__
+    doubling = type(
+        "Doubling",
+        (type(broken),),
+        {
+            "__call__": lambda self, *a, **k: plain_call(
+                self, *a, **{**k, "add_special_tokens": True}
+            )
+        },
+    )
+    broken.__class__ = doubling
+    [row] = audited_rows((broken, pair[1]), [CHAT], tiny_config)
+    assert row["verdict"] == "failed"
+    assert re.search(r"\d+ special tokens where the text has \d+", row["error"])
 
 
 @pytest.fixture
@@ -234,6 +269,8 @@ def shift(labels):
 
 
 TRAINER_FAULTS = {
+    "off by one right": lambda row: {**row, "labels": [template.IGNORED, *row["labels"][:-1]]},
+    "cut short": lambda row: {key: values[:-1] for key, values in row.items()},
     "off by one left": lambda row: {**row, "labels": shift(row["labels"])},
     "all one": lambda row: {**row, "labels": row["input_ids"]},
     "all zero": lambda row: {**row, "labels": [template.IGNORED] * len(row["labels"])},
