@@ -28,8 +28,9 @@ def load_slice(config: Any) -> tuple[Any, Any]:
             f"the {len(rows)} rows of {data.dataset}; lower one of them."
         )
     order = Dataset.from_dict({"row": range(len(rows))}).shuffle(seed=data.shuffle_seed)["row"]
-    chosen = [rows[row].get("messages") for row in order[:wanted]]
-    check_conversations(chosen, data.dataset)
+    order = list(order)[:wanted]
+    chosen = [rows[row].get("messages") for row in order]
+    check_conversations(chosen, order, data.dataset)
     check_known_rows(chosen, known_rows(config))
     dataset = Dataset.from_list([{"messages": messages} for messages in chosen])
     return dataset.select(range(data.n_samples)), dataset.select(range(data.n_samples, wanted))
@@ -73,14 +74,15 @@ def check_known_rows(conversations: Any, known: list[dict]) -> None:
             )
 
 
-def check_conversations(conversations: Any, source: str) -> None:
-    """Every conversation is [system]? then user, assistant, user, ... Raises ValueError."""
-    for row, messages in enumerate(conversations):
+def check_conversations(conversations: Any, rows: Any, source: str) -> None:
+    """Every conversation is [system]? then user, assistant, user, ... Raises ValueError.
+
+    `rows` are the numbers, from 0, under which the conversations stand in `source`.
+    """
+    for row, messages in zip(rows, conversations, strict=True):
         problem = conversation_problem(messages)
         if problem:
-            raise ValueError(
-                f"{source}, row {row} of the shuffled slice: {problem}; mend or drop that row."
-            )
+            raise ValueError(f"{source}, row {row} (from 0): {problem}; mend or drop that row.")
 
 
 def conversation_problem(messages: Any) -> str | None:
