@@ -204,8 +204,10 @@ axes.figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
 plt.show()
 
 # %% [markdown]
-# A type near zero for both is one that neither the base nor the fine-tuning data contains. It stays
-# in the picture, and in the average.
+# A type near zero for both is one that the fine-tuning data does not contain. It stays in the
+# picture, and in the average. In the offline stand-in the base has read requests and answers as
+# plain text, as every pretrained model has; what the fine-tuning adds is the chat format and when
+# to stop, and that is why its raw rows differ much less than its chat rows.
 #
 # ## More than noise?
 #
@@ -218,7 +220,10 @@ comparison = {
     form: ifeval.compare(verdicts["base", form], verdicts["SFT", form])
     for form in config.eval.formats
 }
-pd.DataFrame(comparison).T.rename_axis("SFT against base")
+shown = pd.DataFrame(comparison).T.rename_axis("SFT against base")
+shown["mcnemar_p"] = [f"{p:.2g}" for p in shown["mcnemar_p"]]
+shown["difference_ci95"] = [f"{low:+.1f} to {high:+.1f}" for low, high in shown["difference_ci95"]]
+shown
 
 # %% [markdown]
 # `only_b` are the prompts that only SFT passed, `only_a` those that only base passed. A net win of
