@@ -9,7 +9,7 @@ tokens). All ratios come from one run on one machine.
 import argparse
 import json
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -90,7 +90,9 @@ def main() -> None:
     tokenizer, original, config = loaded()
     if args.only_audit:
         audit_to_disk(tokenizer, original, config, conversations(args.only_audit))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # Not getrusage: its peak survives exec, so a child would report its parent's.
+        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        print(int(peak) / 1024)
         return
     chats = list(conversations(args.rows))
     limit(tokenizer, original, chats[:200])  # warm up
