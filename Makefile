@@ -47,7 +47,7 @@ clean:                  ## forget runs and builds, keep the environment
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else \
 	  "Atlas needs Python 3.11 to 3.13 and python3 is %d.%d; name another: make PYTHON=python3.12" \
 	  % sys.version_info[:2])'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "Installing requirements.txt into .venv (once; about 2 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m atlas_lib.ifeval punkt

@@ -71,7 +71,7 @@ def stage(name: str, config: Any, out: Path, inputs: Sequence[Path] = ()) -> Ite
             "stage": name,
             "config_digest": config.digest(name),
             "relevant": relevant(name, config),
-            "inputs": {path.name: sha256(path / MANIFEST) for path in inputs},
+            "inputs": {path.name: fingerprint(path) for path in inputs},
             "outputs": {
                 path.relative_to(folder).as_posix(): sha256(path)
                 for path in sorted(folder.rglob("*"))
@@ -108,6 +108,13 @@ def read_manifest(folder: Path) -> dict:
     raise ValueError(f"{path} is damaged; run {folder.name} again.")
 
 
+def fingerprint(folder: Path) -> str:
+    """One hash of what a stage made and from what: the same wherever and whenever it ran."""
+    manifest = read_manifest(folder)
+    made = {key: manifest[key] for key in ("relevant", "inputs", "outputs")}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
 def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) -> dict:
     """The manifest of a finished stage that fits `config`, its files intact. Raises ValueError.
 
@@ -126,25 +133,32 @@ def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) ->
         if not (folder / file).is_file() or sha256(folder / file) != digest:
             raise ValueError(f"{folder / file} is not the file {name} wrote; run {name} again.")
     for input_name, path in (upstream or {}).items():
-        if manifest["inputs"].get(input_name) != sha256(path / MANIFEST):
+        if manifest["inputs"].get(input_name) != fingerprint(path):
             raise ValueError(
                 f"{folder} was made from another {input_name} than {path}; run {name} again."
             )
     return manifest
 
 
-def find(name: str, out: Path) -> Path | None:
-    """The folder of finished stage `name`: in `out`, else anywhere below /kaggle/input."""
-    candidates = [out / name / MANIFEST, *sorted(KAGGLE_INPUT.rglob(f"{name}/{MANIFEST}"))]
-    return next((path.parent for path in candidates if path.is_file()), None)
+def find(name: str, out: Path) -> list[Path]:
+    """Folders of finished stage `name`: in `out`, else all below /kaggle/input."""
+    if (out / name / MANIFEST).is_file():
+        return [out / name]
+    return [path.parent for path in sorted(KAGGLE_INPUT.rglob(f"{name}/{MANIFEST}"))]
 
 
 def require(name: str, config: Any, out: Path, build: Callable[[Any, Path], Path]) -> Path:
     """The folder of finished stage `name` that fits `config`; `build(config, out)` if absent."""
-    folder = find(name, out)
-    if folder is None:
-        print(f"{name} is not there yet: building it.")
-        return build(config, out)
-    check(folder, config)
-    print(f"{name}: using {folder}")
-    return folder
+    candidates, refusal = find(name, out), None
+    for folder in candidates:
+        try:
+            check(folder, config)
+        except ValueError as error:
+            refusal = refusal or error
+        else:
+            print(f"{name}: using {folder}")
+            return folder
+    if refusal:
+        raise refusal
+    print(f"{name} is not there yet: building it.")
+    return build(config, out)

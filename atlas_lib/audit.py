@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,10 +34,11 @@ def audit_rows(
     The reference is independent of it: the text comes from the unpatched `original`, the turns
     from ChatML's grammar, the tokens from the tokenizer's offsets. No marker is involved.
     """
-    trl_template = model.shipped_template("qwen2_5_training")
+    trl_template = template.shipped_template("qwen2_5_training")
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     context = _Context(
         config=config,
+        limit=config.train.max_length or sys.maxsize,  # None: TRL cuts nothing
         end_id=tokenizer.convert_tokens_to_ids(template.END_OF_TURN),
         special=re.compile("|".join(map(re.escape, special))),
         special_ids=frozenset(tokenizer.convert_tokens_to_ids(special)),
@@ -72,6 +74,7 @@ class _Context:
     """What the rows of one audit share."""
 
     config: Any
+    limit: int
     end_id: int
     special: re.Pattern
     special_ids: frozenset[int]
@@ -80,7 +83,7 @@ class _Context:
 
 
 def _audit_row(context, chat, text, patched, trl_spans, ids, mask, offsets) -> dict:
-    limit, head = context.config.train.max_length, context.config.audit.head_tokens
+    limit, head = context.limit, context.config.audit.head_tokens
     mask, offsets = np.asarray(mask, dtype=bool), np.asarray(offsets)
     spans = template.assistant_spans(text)
     reference, turns = template.mask_of_spans(spans, offsets)
@@ -111,7 +114,7 @@ def _audit_row(context, chat, text, patched, trl_spans, ids, mask, offsets) -> d
         "assistant_mask_head": mask[:head].astype(int).tolist(),
         "decoded_head": [context.decode(token) for token in ids[:head]],
         "rendered_text": text[: context.config.audit.rendered_characters],
-        "template.labels_sha256": template.labels_sha256(ids[:limit], labels),
+        "labels_sha256": template.labels_sha256(ids[:limit], labels),
         "verdict": verdict,
         "error": error,
     }
@@ -135,8 +138,8 @@ def _verdict(context, chat, text, ids, mask, reference) -> tuple[str, str | None
         )
     if not reference.any():
         return "failed", "no assistant turn found"
-    if not mask[: context.config.train.max_length].any():
-        return "dropped", f"nothing to learn within {context.config.train.max_length} tokens"
+    if not mask[: context.limit].any():
+        return "dropped", f"nothing to learn within {context.limit} tokens"
     return "ok", None
 
 
@@ -151,7 +154,11 @@ def write_audit(folder: Path, rows: Iterable[dict], config: Any) -> dict:
             errors.extend(
                 [f"row {row['idx']}: {row['error']}"] if row["verdict"] == "failed" else []
             )
-            count.update({f"rows_{row['verdict']}": 1, "rows_truncated": row["truncated"]})
+            count.update({f"rows_{row['verdict']}": 1})
+            if row["verdict"] == "excluded":  # not audited any further, and never trained on
+                yield row
+                continue
+            count.update({"rows_truncated": row["truncated"]})
             count.update({key: row[key] for key in PER_ROW})
             for turn in row["turns"]:
                 count.update(
@@ -181,6 +188,7 @@ def prepare(config: Any, out: Path) -> Path:
     """Stage 02 without a notebook: audit the whole slice. Returns its folder."""
     source = artifacts.require(data.STAGE, config, out, data.prepare)
     tokenizer = model.load_tokenizer(config)
+    model.check_vocabulary(tokenizer, config)
     original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)
     with artifacts.stage(STAGE, config, out, [source]) as folder:
@@ -215,7 +223,7 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
             f"The trainer has {len(actual)} rows, the audit predicts {len(expected)}; run 02 again."
         )
     for row, digest in zip(expected, actual, strict=True):
-        if row["template.labels_sha256"] != digest:
+        if row["labels_sha256"] != digest:
             raise ValueError(
                 f"The trainer's labels of conversation {row['idx']} are not those that the audit "
                 "proved: this run would train on other tokens. Run 02 again with this environment."

@@ -14,6 +14,16 @@ from pathlib import Path
 UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image breaks the rest
 
 
+# Read by Hugging Face's libraries when they are imported: progress bars would stay in the page as
+# dead widgets, and TRL reports its use unless told not to.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
 def floors() -> dict[str, str]:
     """Package, with its extra -> lowest version, from pyproject.toml or installed metadata."""
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
@@ -43,12 +53,28 @@ def missing() -> list[str]:
     return wanted
 
 
+def remove_old_torchao() -> None:
+    """Uninstall a torchao below 0.16, as hosted images bring it: peft refuses to work beside it."""
+    try:
+        version = importlib.metadata.version("torchao")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 16):
+        pip = [sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torchao"]
+        subprocess.run(pip, check=True)
+        print(f"Removed torchao {version}: peft needs 0.16 or none.")
+
+
 def ensure() -> None:
     """Install what is missing on Kaggle and Colab; elsewhere say how. Raises RuntimeError."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "COLAB_RELEASE_TAG" in os.environ
+    if hosted:
+        remove_old_torchao()
     started, wanted = time.monotonic(), missing()
     if not wanted:
         return
-    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "COLAB_RELEASE_TAG" in os.environ
     blocked = [w for w in wanted if w.split(">=")[0] in UNTOUCHABLE]
     if not hosted or blocked:
         raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")

@@ -33,10 +33,10 @@ STAGES = {
     "01_data_prep": ("data", "offline"),
     "02_template_audit": (
         "model.tokenizer", "model.tokenizer_revision", "model.chat_template", "model.pad_token",
-        "train.max_length", "audit",
+        "model.base", "model.base_revision", "train.max_length", "audit",
     ),
     "03_sft_train": (
-        "seed", "model.base", "model.base_revision", "quantization", "lora", "train",
+        "seed", "quantization", "lora", "train",
     ),
     "04_ifeval_eval": ("model", "eval", "label"),
 }  # fmt: skip

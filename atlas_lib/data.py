@@ -40,7 +40,7 @@ def load_rows(config: Any) -> Any:
     """Rows with `messages`, by index: of the hub, a local folder or .jsonl, or the stand-in."""
     from datasets import load_dataset
 
-    path = offline.resolve(config.data.dataset, config)
+    path = runtime.locate(offline.resolve(config.data.dataset, config))
     if path.endswith(".jsonl"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl or a hub id.")
@@ -55,7 +55,7 @@ def load_rows(config: Any) -> Any:
 
 
 def known_rows(config: Any) -> list[dict]:
-    """Published facts on the first rows of exactly this slice; [] for any other data."""
+    """Published facts on the first rows of this slice, whatever its revision; [] for others."""
     known = json.loads((configuration.FOLDER / "known_rows.json").read_text(encoding="utf-8"))
     here = config.relevant("02_template_audit")
     same = all(here[key] == value for key, value in known["holds_for"].items())

@@ -1,12 +1,11 @@
 """Load the tokenizer, the base model (full precision or NF4) and adapters, at pinned revisions."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import offline, runtime
+from atlas_lib import offline, runtime, template
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 QWEN_STOP_IDS = [151645, 151643]
@@ -19,7 +18,7 @@ def load_tokenizer(config: Any) -> Any:
     name, revision = _locate(config.model.tokenizer, config.model.tokenizer_revision, config)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     if config.model.chat_template:
-        tokenizer.chat_template = shipped_template(config.model.chat_template)
+        tokenizer.chat_template = template.shipped_template(config.model.chat_template)
     if config.model.pad_token:
         tokenizer.pad_token = config.model.pad_token
     stop_ids(tokenizer)
@@ -53,12 +52,6 @@ def check_vocabulary(tokenizer: Any, config: Any) -> str:
             "would mean other tokens to the weights. Name a tokenizer of the same family."
         )
     return own
-
-
-def shipped_template(name: str) -> str:
-    """The text of TRL's `chat_templates/<name>.jinja`, without importing trl."""
-    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0])
-    return (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
@@ -125,7 +118,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 
 
 def keep_adapter_in_float32(model: Any, device: Any) -> None:
-    """Cast trainable parameters to float32 where float16 trains.
+    """Cast trainable parameters to float32, unless bfloat16 trains.
 
     TRL makes them bfloat16 for any 4-bit model, which CUDA's GradScaler cannot unscale (trl#4901).
     """
@@ -159,15 +152,13 @@ def attach_adapter(base: Any, adapter: str | Path, merge: bool = False) -> Any:
     """`base` with a LoRA adapter from a folder or the hub, merged into its weights if asked."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base, str(adapter))
+    model = PeftModel.from_pretrained(base, runtime.locate(str(adapter)))
     return model.merge_and_unload() if merge else model
 
 
 def _locate(name: str, revision: str | None, config: Any) -> tuple[str, str | None]:
     """A local folder (built first if embedded), or a hub id that the hub has been asked for."""
-    name = offline.resolve(name, config)
-    if not Path(name).is_absolute() and (runtime.ROOT / name).is_dir():
-        name = str(runtime.ROOT / name)
+    name = runtime.locate(offline.resolve(name, config))
     if Path(name).is_dir():
         return name, None
     runtime.check_hub(name, revision)

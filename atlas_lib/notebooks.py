@@ -7,7 +7,9 @@ from typing import Any
 
 from atlas_lib import runtime
 
-FOLDER = runtime.ROOT / "notebooks"
+# In a checkout notebooks/ stands beside the package; an installed wheel carries it inside.
+PAGES = (runtime.ROOT / "notebooks", Path(__file__).resolve().parent / "pages")
+FOLDER = next((folder for folder in PAGES if folder.is_dir()), PAGES[0])
 
 
 def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
@@ -15,14 +17,14 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
 
     The executed notebook is kept on failure too. Raises RuntimeError with the notebook's error.
     """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
     source, target = FOLDER / f"{stage}.ipynb", out / "notebooks" / f"{stage}.ipynb"
     if not source.is_file():
         raise FileNotFoundError(
             f"{source} is not here: run it elsewhere first, or set model.adapter."
         )
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(

@@ -5,13 +5,12 @@ a digest, and then loaded by path through the same calls that load the real thin
 """
 
 import hashlib
-import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import corpus, progress
+from atlas_lib import corpus, progress, template
 
 PREFIX = "embedded:"
 NAMES = ("base", "tokenizer", "ultrachat", "ifeval", "dev")
@@ -96,12 +95,6 @@ def write_dataset(target: Path, split: str, rows: list[dict], label: str) -> Non
     (target / "README.md").write_text(f"---\n{card}\n---\n\n{label}\n", encoding="utf-8")
 
 
-def chat_template() -> str:
-    """Qwen2.5's chat template, byte for byte, as the trl package ships it (trl is not imported)."""
-    [package] = importlib.util.find_spec("trl").submodule_search_locations
-    return (Path(package) / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
-
-
 def train_tokenizer(texts: list[str], vocab_size: int):
     """A byte-level BPE cut as Qwen's, with its three special tokens and chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -114,15 +107,15 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), [STOP, TURN_START, TURN_END]
-    size, template = vocab_size - len(specials), chat_template()
+    size, chat_template = vocab_size - len(specials), template.shipped_template("qwen2_5")
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([*texts, template], trainer)  # the template holds the system prompt
+    bpe.train_from_iterator([*texts, chat_template], trainer)  # it holds the system prompt
     bpe.add_special_tokens(specials)  # after the merges, as in Qwen: the highest ids
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=TURN_END, pad_token=STOP, model_max_length=1024,
         extra_special_tokens=[TURN_START, TURN_END],
     )  # fmt: skip
-    tokenizer.chat_template = template
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 

@@ -38,7 +38,8 @@ def where() -> str:
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     """OUT as a folder that exists and can be written to. Raises ValueError."""
-    default = ROOT / "runs" / "-".join(filter(None, (config_name, overlay)))
+    home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()  # installed, not a checkout
+    default = home / "runs" / "-".join(filter(None, (config_name, overlay)))
     folder = Path(out) if out else Path("/kaggle/working") if where() == "kaggle" else default
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,11 @@ def device(config: Any) -> Device:
     return Device("cuda", "float16", f"sm_{major}{minor} would only emulate bfloat16")
 
 
+def locate(name: str) -> str:
+    """The absolute path of a file or folder below the repository, any other name unchanged."""
+    return str(ROOT / name) if (ROOT / name).exists() else name
+
+
 def secret(name: str) -> str | None:
     """A secret from the environment, Kaggle or Colab; None, the normal case, if there is none."""
     if os.environ.get(name):
@@ -188,16 +194,13 @@ def report_to(config: Any) -> str:
         print("W&B: on (a key was found).")
         return "wandb"
     os.environ["WANDB_MODE"] = "disabled"
+    asked = config.train.report_to
     print("W&B: off (no key, or not asked for).")
-    return "none"
+    return "none" if asked in (None, "wandb") else asked
 
 
 def start(config: Any, out: Path) -> None:
     """Print the stamp of a notebook: what runs, on which versions, where the results go."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(bars, "1")  # they would stay in the page as dead widgets
     warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     token = secret("HF_TOKEN")  # Kaggle's secrets do not reach huggingface_hub by themselves

@@ -5,8 +5,10 @@ python -m atlas_lib.template audit CONFIG [--overlay X]
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,12 @@ _EDITS = (
 )
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
+
+
+def shipped_template(name: str) -> str:
+    """The text of TRL's `chat_templates/<name>.jinja`, without importing trl."""
+    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0])
+    return (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:

@@ -47,7 +47,7 @@ if home:
     sys.path.insert(0, str(home))
 elif importlib.util.find_spec("atlas_lib") is None:
     source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -71,7 +71,8 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 # take the rows for prompt/completion pairs.
 #
 # Loading also *checks*: each conversation is an optional system turn, then user and assistant in
-# turn, each with text, the assistant last. One row that breaks this stops the notebook by number.
+# turn, each with text (it may be empty), the assistant last. One row that breaks this stops the
+# notebook by number.
 
 # %%
 train, validation = data.load_slice(config)

@@ -50,7 +50,7 @@ if home:
     sys.path.insert(0, str(home))
 elif importlib.util.find_spec("atlas_lib") is None:
     source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -130,16 +130,17 @@ def show_strip(row: dict) -> HTML:
     return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')
 
 
-row = next(audit.audit_rows(tokenizer, original, conversations[:1], config))
+shortest = min(conversations, key=lambda chat: len(str(chat)))
+row = next(audit.audit_rows(tokenizer, original, [shortest], config))
 pairs = zip(row["decoded_head"], row["assistant_mask_head"], strict=True)
 plain = "".join(f"⟦{token}⟧" if supervised else token for token, supervised in pairs)
 print(re.sub("⟧⟦", "", plain))
 show_strip(row)
 
 # %% [markdown]
-# Every green run starts with the first word of an answer and ends with `<|im_end|>`. If the end
-# were missing, the model would never learn to stop; if it started one token early, it would be
-# graded on a newline that at inference time is already there.
+# Every green run that is shown whole starts with the first word of an answer and ends with
+# `<|im_end|>`. If the end were missing, the model would never learn to stop; if it started one
+# token early, it would be graded on a newline that at inference time is already there.
 #
 # ## The whole slice, against an independent reference
 #
@@ -215,8 +216,9 @@ assert "trl" not in sys.modules, "the audit has to be independent of the trainer
 headline.update(
     Markdown(
         f"**Template and reference agree on all {summary['n_tokens']:,} tokens of "
-        f"{summary['rows']:,} conversations; {summary['supervised_share']:.0%} of them are "
-        f"learned, {summary['rows_excluded']} rows are left out.** {config.label}"
+        f"{summary['rows'] - summary['rows_excluded']:,} conversations; "
+        f"{summary['supervised_share']:.0%} of them are learned, "
+        f"{summary['rows_excluded']} rows are left out.** {config.label}"
     )
 )
 

@@ -51,7 +51,7 @@ if home:
     sys.path.insert(0, str(home))
 elif importlib.util.find_spec("atlas_lib") is None:
     source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -96,9 +96,10 @@ print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer"
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
 print(f"recipe: 5,000 / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
-steps = math.ceil(config.train.num_train_epochs * math.ceil(len(kept) / rows_per_step))
+rows = len(audit.trained_rows(audited))
+steps = math.ceil(config.train.num_train_epochs * math.ceil(rows / rows_per_step))
 steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
-print(f"this run: {len(kept):,} rows, {rows_per_step} a step -> {steps} steps")
+print(f"this run: {rows:,} rows, {rows_per_step} a step -> {steps} steps")
 
 # %% [markdown]
 # ## The model: 4-bit weights, a thin trainable update
@@ -114,6 +115,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 tokenizer = model.load_tokenizer(config)
+model.check_vocabulary(tokenizer, config)
 template.patch_chat_template_for_assistant_mask(tokenizer)
 base = model.load_weights("base", config, device, config.quantization.load_in_4bit)
 print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_type)
@@ -155,12 +157,13 @@ trainer = SFTTrainer(
 )
 trainer.remove_callback(PrinterCallback)  # ours says how much time is left
 model.keep_adapter_in_float32(trainer.model, device)
+trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+assert device.dtype != "float16" or trained_types == {"torch.float32"}, trained_types
 
 # %%
 trainable, total = model.parameter_counts(trainer.model)
 print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 compared = audit.check_trainer(trainer.train_dataset, audited)
-assert compared == len(trainer.train_dataset)
 print(f"{compared:,} rows: the trainer's labels are exactly those that the audit proved")
 
 # %% [markdown]
@@ -169,6 +172,7 @@ print(f"{compared:,} rows: the trainer's labels are exactly those that the audit
 
 # %%
 result = trainer.train()
+assert result.global_step == steps, "the trainer does not agree with the arithmetic"
 validation = trainer.evaluate()
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
 assert all(math.isfinite(entry["loss"]) for entry in log), "the loss is not a number"

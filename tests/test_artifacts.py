@@ -62,11 +62,15 @@ def test_a_finished_stage_is_described_and_intact(config, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_inputs_are_recorded_by_the_hash_of_their_manifest(config, tmp_path):
+def test_inputs_are_recorded_by_what_they_made(config, tmp_path):
     first = finish(FIRST, config, tmp_path)
     second = finish(SECOND, config, tmp_path, inputs=[first])
     manifest = artifacts.check(second, config, {FIRST: first})
-    assert manifest["inputs"] == {FIRST: artifacts.sha256(first / artifacts.MANIFEST)}
+    assert manifest["inputs"] == {FIRST: artifacts.fingerprint(first)}
+    again = finish(FIRST, config, tmp_path)  # the same files from another commit are the same
+    path = again / artifacts.MANIFEST
+    path.write_text(path.read_text("utf-8").replace('"commit": "', '"commit": "other-'), "utf-8")
+    artifacts.check(second, config, {FIRST: again})
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -81,7 +85,7 @@ def test_an_exception_inside_leaves_no_manifest(fault, config, tmp_path):
     with pytest.raises(fault):
         interrupted()
     assert not (tmp_path / FIRST / artifacts.MANIFEST).exists()
-    assert artifacts.find(FIRST, tmp_path) is None
+    assert artifacts.find(FIRST, tmp_path) == []
 
 
 def test_a_kill_in_the_middle_leaves_no_manifest(config, tmp_path):
@@ -100,7 +104,7 @@ def test_a_kill_in_the_middle_leaves_no_manifest(config, tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert (tmp_path / FIRST / "first.json").is_file()
-    assert artifacts.find(FIRST, tmp_path) is None
+    assert artifacts.find(FIRST, tmp_path) == []
     built = artifacts.require(FIRST, config, tmp_path, lambda c, out: finish(FIRST, c, out))
     artifacts.check(built, config)
 
@@ -204,20 +208,20 @@ def test_a_stage_is_found_at_any_depth_below_the_kaggle_input(
     mount, kaggle_input, config, tmp_path
 ):
     folder = finish(FIRST, config, kaggle_input / mount)
-    assert artifacts.find(FIRST, tmp_path / "out") == folder
-    assert artifacts.find(SECOND, tmp_path / "out") is None
+    assert artifacts.find(FIRST, tmp_path / "out") == [folder]
+    assert artifacts.find(SECOND, tmp_path / "out") == []
 
 
 def test_out_comes_before_the_kaggle_input(kaggle_input, config, tmp_path):
     finish(FIRST, config, kaggle_input / "slug")
     own = finish(FIRST, config, tmp_path / "out")
-    assert artifacts.find(FIRST, tmp_path / "out") == own
+    assert artifacts.find(FIRST, tmp_path / "out") == [own]
 
 
 def test_a_stage_without_manifest_is_not_found(kaggle_input, config, tmp_path):
     for out in (kaggle_input / "slug", tmp_path):
         (finish(FIRST, config, out) / artifacts.MANIFEST).unlink()
-    assert artifacts.find(FIRST, tmp_path) is None
+    assert artifacts.find(FIRST, tmp_path) == []
 
 
 def test_require_builds_what_is_absent_and_only_that(config, tmp_path, capsys):

@@ -163,3 +163,19 @@ def test_every_dependency_has_a_floor():
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0].split('"')[1::2]
     assert len(FLOORS) == len(listed) > 10
+
+
+def test_telemetry_and_progress_bars_are_off_before_anything_is_imported(machine):
+    done = start(
+        machine, "bootstrap.ensure(); import os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    )
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize(("version", "removed"), [("0.10.0", True), ("0.16.0", False)])
+def test_an_old_torchao_is_removed_on_a_hosted_image(version, removed, machine):
+    install(machine, "torchao", version)
+    done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert done.returncode == 0, done.stderr
+    assert (f"Removed torchao {version}" in done.stdout) == removed
+    assert start(machine).returncode == 0  # elsewhere nothing is touched

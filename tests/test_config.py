@@ -427,7 +427,7 @@ FIRST_CHANGED = {
     "model.chat_template": ("qwen2_5", "02_template_audit"),
     "audit.exclude_forged_turns": (False, "02_template_audit"),
     "seed": (43, "03_sft_train"),
-    "model.base": ("other/name", "03_sft_train"),
+    "model.base": ("other/name", "02_template_audit"),
     "quantization.load_in_4bit": (False, "03_sft_train"),
     "lora.r": (8, "03_sft_train"),
     "train.learning_rate": (1e-4, "03_sft_train"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,9 +82,7 @@ def test_the_digest_covers_seed_and_sizes(small_config, change):
 def test_the_digest_covers_the_sources(small_config, tmp_path):
     sources = Path(offline.__file__).parent
     package = tmp_path / "atlas_lib"
-    package.mkdir()
-    for name in ("__init__.py", "offline.py", "progress.py", "corpus.py", "corpus.yaml"):
-        (package / name).write_bytes((sources / name).read_bytes())
+    shutil.copytree(sources, package)
     with (package / "corpus.yaml").open("a") as source:
         source.write("# one more word\n")
     ask = (

@@ -48,7 +48,7 @@ def test_known_answers(qwen_tokenizer):
 
 
 def test_the_template_is_the_one_that_trl_ships(qwen_tokenizer):
-    assert qwen_tokenizer.chat_template == model.shipped_template("qwen2_5")
+    assert qwen_tokenizer.chat_template == template.shipped_template("qwen2_5")
 
 
 def test_supervised_is_what_the_model_must_emit(pair):

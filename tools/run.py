@@ -80,7 +80,8 @@ def why_not_reused(stage: str, config, out: Path) -> str | None:
 def report(out: Path, timings: dict[str, str]) -> None:
     """The table and the paths to look at."""
     print("\nwhere the time went: " + " · ".join(f"{stage} {t}" for stage, t in timings.items()))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peak /= 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     if peak and set(timings.values()) != {"reused"}:
         print(f"largest process: {peak:.2f} GiB resident")
     if (out / "metrics.json").is_file():
