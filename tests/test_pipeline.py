@@ -188,3 +188,58 @@ def test_the_full_recipe_without_a_hub_names_the_offline_overlay(tmp_path):
     assert "cannot be reached" in last
     assert "OVERLAY=offline" in last
     assert not (tmp_path / "01_data_prep").exists()
+
+
+def stopped_page(out: Path) -> tuple[str, str]:
+    """(what the failed notebook 03 printed, its error) after an `atlas` run that failed in it."""
+    outputs = [
+        o
+        for c in load(out / "notebooks" / "03_sft_train.ipynb")["cells"]
+        for o in c.get("outputs", [])
+    ]
+    [error] = {o["evalue"] for o in outputs if o["output_type"] == "error"}
+    return text_of(out / "notebooks" / "03_sft_train.ipynb"), error
+
+
+def other_tokenizer(folder: Path, change) -> str:
+    """A folder with the stand-in's tokenizer after `change`."""
+    from atlas_lib import config as configuration
+    from atlas_lib import model
+
+    tokenizer = model.load_tokenizer(configuration.load("sft_qwen05b", "offline", TINY))
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+WRONG = {
+    "template": (
+        lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
+        "Not Qwen2.5's chat template",
+    ),
+    "tokenizer": (lambda tokenizer: tokenizer.add_tokens(["<new>"]), "ids would mean other tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_03_stops_before_it_loads_weights_with_a_wrong(fault, tmp_path):
+    change, sentence = WRONG[fault]
+    name = other_tokenizer(tmp_path / "tokenizer", change)
+    given = ["--set", f"model.tokenizer={name}"]
+    done = atlas("03_sft_train", "--overlay", "offline", "--out", tmp_path, *TINY_ARGS, *given)
+    assert done.returncode == 1
+    assert sentence in done.stderr.splitlines()[-1]
+    shown, error = stopped_page(tmp_path)
+    assert sentence in error
+    assert "in nf4" not in shown  # what the cell that loads the weights prints
+
+
+def test_03_stops_before_it_loads_weights_with_a_stale_audit(tmp_path):
+    first = ["01_data_prep", "02_template_audit"]
+    done = atlas(*first, "--overlay", "offline", "--out", tmp_path, *TINY_ARGS)
+    assert done.returncode == 0, done.stderr
+    other = ["--set", "train.max_length=100"]
+    done = atlas("03_sft_train", "--overlay", "offline", "--out", tmp_path, *TINY_ARGS, *other)
+    assert done.returncode == 1
+    assert "train.max_length is 512 there and 100 here" in done.stderr.splitlines()[-1]
+    assert "in nf4" not in stopped_page(tmp_path)[0]

@@ -113,7 +113,16 @@ text = st.text(
     ),
     max_size=60,
 ) | st.sampled_from(
-    ["", " ", "\n", "\r\n x", "{% generation %}", "add_generation_prompt", "<tool_call>"]
+    [
+        "",
+        " ",
+        "\n",
+        "\r\n x",
+        "{% generation %}",
+        "add_generation_prompt",
+        "<tool_call>",
+        "very long " * 900,
+    ]
 )
 calls = st.just({}) | st.just({"tool_calls": [CALL]}) | st.just({"tool_calls": [CALL, CALL]})
 answers = st.builds(lambda c, t: {"role": "assistant", "content": c, **t}, text, calls)
