@@ -12,6 +12,7 @@ from typing import Any
 from atlas_lib import offline, runtime
 
 MANIFEST = "manifest.json"
+KEYS = {"stage", "relevant", "inputs", "outputs"}  # what a later stage reads of it
 KAGGLE_INPUT = Path("/kaggle/input")
 
 
@@ -86,11 +87,8 @@ def relevant(name: str, config: Any) -> dict[str, Any]:
     """What decides the result of stage `name`: config keys, and what local names stand for."""
     keys = config.relevant(name)
     names = [value for value in keys.values() if isinstance(value, str)]
-    files = {
-        f"content of {n}": sha256(Path(n))
-        for n in names
-        if n.endswith(".jsonl") and Path(n).is_file()
-    }
+    paths = {n: Path(runtime.locate(n)) for n in names if n.endswith(".jsonl")}
+    files = {f"content of {n}": sha256(path) for n, path in paths.items() if path.is_file()}
     if any(value.startswith(offline.PREFIX) for value in names):
         files["offline stand-in"] = offline.digest(config)
     return keys | files
@@ -101,9 +99,7 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     with contextlib.suppress(ValueError):
         manifest = json.loads(path.read_bytes())
-        if isinstance(manifest, dict) and {"stage", "relevant", "inputs", "outputs"} <= set(
-            manifest
-        ):
+        if isinstance(manifest, dict) and manifest.keys() >= KEYS:
             return manifest
     raise ValueError(f"{path} is damaged; run {folder.name} again.")
 
@@ -132,12 +128,18 @@ def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) ->
     for file, digest in manifest["outputs"].items():
         if not (folder / file).is_file() or sha256(folder / file) != digest:
             raise ValueError(f"{folder / file} is not the file {name} wrote; run {name} again.")
-    for input_name, path in (upstream or {}).items():
-        if manifest["inputs"].get(input_name) != fingerprint(path):
-            raise ValueError(
-                f"{folder} was made from another {input_name} than {path}; run {name} again."
-            )
+    check_inputs(folder, upstream or {})
     return manifest
+
+
+def check_inputs(folder: Path, upstream: dict[str, Path]) -> None:
+    """The stage in `folder` was made from the folders in `upstream`. Raises ValueError."""
+    manifest = read_manifest(folder)
+    for name, path in upstream.items():
+        if manifest["inputs"].get(name) != fingerprint(path):
+            raise ValueError(
+                f"{folder} was made from another {name} than {path}; run {manifest['stage']} again."
+            )
 
 
 def find(name: str, out: Path) -> list[Path]:

@@ -61,12 +61,7 @@ def audit_rows(
         patched = tokenizer.apply_chat_template(chats, tokenize=False)
         columns = (tokens["input_ids"], tokens["assistant_masks"], tokens["offset_mapping"])
         for (idx, chat), *row in zip(batch, texts, patched, trl_spans, *columns, strict=True):
-            audited = {"idx": idx} | _audit_row(context, chat, *row)
-            published = context.known_lengths.get(idx, audited["n_tokens"])
-            if audited["n_tokens"] != published:
-                audited["verdict"] = "failed"
-                audited["error"] = f"{audited['n_tokens']} tokens where {published} were published"
-            yield audited
+            yield _audit_row(context, idx, chat, *row)
 
 
 @dataclass
@@ -82,17 +77,16 @@ class _Context:
     decode: Callable[[int], str]
 
 
-def _audit_row(context, chat, text, patched, trl_spans, ids, mask, offsets) -> dict:
+def _audit_row(context, idx, chat, text, patched, trl_spans, ids, mask, offsets) -> dict:
     limit, head = context.limit, context.config.audit.head_tokens
     mask, offsets = np.asarray(mask, dtype=bool), np.asarray(offsets)
     spans = template.assistant_spans(text)
     reference, turns = template.mask_of_spans(spans, offsets)
     labels = template.labels_of(ids, mask, limit)
-    verdict, error = _verdict(context, chat, text, ids, mask, reference)
-    if patched != text:
-        verdict, error = "failed", "the marked template renders another text than the original one"
+    verdict, error = _verdict(context, idx, chat, text, patched, ids, mask, reference)
     starts = [start for start, _ in spans]
     return {
+        "idx": idx,
         "tokenizer_repo": context.config.model.tokenizer,
         "n_tokens": len(ids),
         "n_supervised": int(mask[:limit].sum()),
@@ -120,8 +114,13 @@ def _audit_row(context, chat, text, patched, trl_spans, ids, mask, offsets) -> d
     }
 
 
-def _verdict(context, chat, text, ids, mask, reference) -> tuple[str, str | None]:
+def _verdict(context, idx, chat, text, patched, ids, mask, reference) -> tuple[str, str | None]:
     """One of "ok", "excluded", "dropped" (nothing to learn once cut), "failed"; and why."""
+    published = context.known_lengths.get(idx, len(ids))
+    if len(ids) != published:
+        return "failed", f"{len(ids)} tokens where {published} were published"
+    if patched != text:
+        return "failed", "the marked template renders another text than the original one"
     written, tokens = context.special.findall(text), [i for i in ids if i in context.special_ids]
     if len(written) != len(tokens):
         return "failed", f"{len(tokens)} special tokens where the text has {len(written)}"
@@ -199,7 +198,7 @@ def prepare(config: Any, out: Path) -> Path:
 def require_passed(config: Any, out: Path, source: Path) -> Path:
     """The folder of an audit of the slice in `source` that passed. Raises ValueError: the gate."""
     folder = artifacts.require(STAGE, config, out, prepare)
-    artifacts.check(folder, config, {source.name: source})
+    artifacts.check_inputs(folder, {source.name: source})
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if summary["rows_failed"]:
         raise ValueError(

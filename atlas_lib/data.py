@@ -45,7 +45,7 @@ def load_rows(config: Any) -> Any:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl or a hub id.")
         rows = artifacts.read_jsonl(Path(path))
-        if not rows or not all(isinstance(row, dict) and "messages" in row for row in rows[:1]):
+        if not rows or not isinstance(rows[0], dict) or "messages" not in rows[0]:
             raise ValueError(f"{path} has no rows with `messages`; each line needs that key.")
         return rows
     if not Path(path).is_dir():

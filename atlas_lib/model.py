@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lib import offline, runtime, template
+from atlas_lib.template import END_OF_TURN
 
-END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 QWEN_STOP_IDS = [151645, 151643]
 
 
@@ -56,9 +57,9 @@ def check_vocabulary(tokenizer: Any, config: Any) -> str:
 
 def stop_ids(tokenizer: Any) -> list[int]:
     """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single tokens."""
-    ids = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-    known = {tokenizer.get_vocab().get(token) for token in (END_OF_TURN, END_OF_TEXT)}
-    if None in known:
+    vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would answer with the unknown token
+    ids = [vocabulary.get(token) for token in (END_OF_TURN, END_OF_TEXT)]
+    if None in ids:
         raise ValueError(f"The tokenizer lacks {END_OF_TURN} or {END_OF_TEXT}; ChatML needs both.")
     if len(tokenizer) == 151665 and ids != QWEN_STOP_IDS:
         raise ValueError(f"Stop ids {ids} are not Qwen2.5's {QWEN_STOP_IDS}: another tokenizer.")

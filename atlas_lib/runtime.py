@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def where() -> str:
-    """ "kaggle", "colab" or "local". Kaggle first: its image sets Colab's variables too."""
+    """Either "kaggle", "colab" or "local". Kaggle first: it sets Colab's variables too."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"
     with contextlib.suppress(ImportError):

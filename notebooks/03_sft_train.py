@@ -76,13 +76,15 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 #
 # Nothing is loaded before the audit of exactly this slice, tokenizer and length has passed. Rows
 # that it left out are left out here too, and nothing replaces them.
+#
+# A row can be handed over and still not train: when `max_length` cuts away all of its answers, TRL
+# drops it. The audit has predicted those too, so the number of steps below counts without them.
 
 # %%
 source = artifacts.require(data.STAGE, config, out, data.prepare)
 audited = audit.require_passed(config, out, source)
-kept = [
-    row["idx"] for row in artifacts.read_jsonl(audited / audit.ROWS) if row["verdict"] != "excluded"
-]
+verdicts = {row["idx"]: row["verdict"] for row in artifacts.read_jsonl(audited / audit.ROWS)}
+kept = [idx for idx, verdict in verdicts.items() if verdict != "excluded"]
 conversations = data.read(source)
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
 
@@ -96,7 +98,7 @@ print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer"
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
 print(f"recipe: 5,000 / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
-rows = len(audit.trained_rows(audited))
+rows = sum(verdict == "ok" for verdict in verdicts.values())
 steps = math.ceil(config.train.num_train_epochs * math.ceil(rows / rows_per_step))
 steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
 print(f"this run: {rows:,} rows, {rows_per_step} a step -> {steps} steps")

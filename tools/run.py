@@ -68,10 +68,8 @@ def why_not_reused(stage: str, config, out: Path) -> str | None:
         return "not run yet, or not to its end"
     earlier = {name: out / name for name in configuration.STAGES if name < stage}
     try:
-        manifest = artifacts.check(folder, config)
-        artifacts.check(
-            folder, config, {n: p for n, p in earlier.items() if n in manifest["inputs"]}
-        )
+        made_from = artifacts.check(folder, config)["inputs"]
+        artifacts.check_inputs(folder, {n: p for n, p in earlier.items() if n in made_from})
     except (ValueError, OSError, KeyError) as error:
         return f"stale ({error})"
     return None
