@@ -88,6 +88,9 @@ def relevant(name: str, config: Any) -> dict[str, Any]:
     keys = config.relevant(name)
     names = [value for value in keys.values() if isinstance(value, str)]
     paths = {n: Path(runtime.locate(n)) for n in names if n.endswith(".jsonl")}
+    if config.model.adapter and "model.adapter" in keys:
+        weights = Path(runtime.locate(config.model.adapter)) / "adapter_model.safetensors"
+        paths[config.model.adapter] = weights  # trained anew in the same place, it is another one
     files = {f"content of {n}": sha256(path) for n, path in paths.items() if path.is_file()}
     if any(value.startswith(offline.PREFIX) for value in names):
         files["offline stand-in"] = offline.digest(config)

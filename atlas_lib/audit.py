@@ -199,13 +199,18 @@ def require_passed(config: Any, out: Path, source: Path) -> Path:
     """The folder of an audit of the slice in `source` that passed. Raises ValueError: the gate."""
     folder = artifacts.require(STAGE, config, out, prepare)
     artifacts.check_inputs(folder, {source.name: source})
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(folder)
     if summary["rows_failed"]:
         raise ValueError(
             f"The template audit failed on {summary['rows_failed']} of {summary['rows']} rows "
             f"({summary['errors'][0]}); read {folder / 'summary.json'} before you train."
         )
     return folder
+
+
+def read_summary(folder: Path) -> dict:
+    """What write_audit returned."""
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def trained_rows(folder: Path) -> list[dict]:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import warnings
 from pathlib import Path
 
 UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image breaks the rest
@@ -69,6 +70,8 @@ def ensure() -> None:
     """Install what is missing on Kaggle and Colab; elsewhere say how. Raises RuntimeError."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # from the imports to come
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "COLAB_RELEASE_TAG" in os.environ
     if hosted:
         remove_old_torchao()

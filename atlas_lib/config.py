@@ -18,6 +18,7 @@ from atlas_lib.schema import (
     Lora,
     Model,
     Offline,
+    Output,
     Quantization,
     Run,
     Section,
@@ -60,6 +61,7 @@ class Config(Section):
     audit: Audit
     train: Any
     eval: Eval
+    output: Output
     offline: Offline
 
     def as_dict(self) -> dict:
@@ -87,9 +89,9 @@ class Config(Section):
 
 def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
     """The config `name`, with `overlay` and then dotted `overrides` on top. Raises ValueError."""
-    layers = [_read("base"), _read(name), _read(overlay) if overlay else {}, _overrides(overrides)]
+    layers = [_read("base"), *_recipe(name), _read(overlay) if overlay else {}]
     merged: dict = {}
-    for layer in layers:
+    for layer in [*layers, _overrides(overrides)]:
         _merge(merged, layer)
     if flatten(merged).get("train.hub_token"):
         raise ValueError("train.hub_token would leave a secret in files; set HF_TOKEN instead.")
@@ -119,6 +121,13 @@ def _read(name: str) -> dict:
     if not path.is_file():
         raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available())}.")
     return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+
+
+def _recipe(name: str) -> list[dict]:
+    """The recipe and, first, the one that it `extends`."""
+    layer = _read(name)
+    below = layer.pop("extends", None)
+    return [*([_read(below)] if below else []), layer]
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -118,16 +118,28 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
 
 
-def keep_adapter_in_float32(model: Any, device: Any) -> None:
-    """Cast trainable parameters to float32, unless bfloat16 trains.
+def keep_adapter_in_float32(model: Any) -> None:
+    """Cast trainable parameters to float32, whatever precision computes.
 
-    TRL makes them bfloat16 for any 4-bit model, which CUDA's GradScaler cannot unscale (trl#4901).
+    TRL makes them bfloat16 for any 4-bit model: CUDA's GradScaler cannot unscale that (trl#4901),
+    and updates at a rate of 2e-4 would be lost in its eight bits.
     """
     import torch
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained if device.dtype != "bfloat16" else []:
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(torch.float32)
+
+
+def score_supervised_positions_only(device: Any) -> None:
+    """Let TRL's loss skip unsupervised positions on a CPU, as it does by itself on a GPU.
+
+    It scores them all elsewhere, to keep shapes the same for compilers that we do not use, and
+    throws the result away: the loss is the same, the time is not (benchmarks/train.py).
+    """
+    from trl.trainer import utils
+
+    if device.name == "cpu" and hasattr(utils, "_use_triton"):
+        utils._use_triton = lambda device: True
 
 
 def save_adapter(model: Any, folder: Path, config: Any, training_template: str) -> None:
@@ -149,12 +161,27 @@ def save_adapter(model: Any, folder: Path, config: Any, training_template: str) 
     GenerationConfig(eos_token_id=ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
 
 
-def attach_adapter(base: Any, adapter: str | Path, merge: bool = False) -> Any:
+def attach_adapter(
+    base: Any, adapter: str | Path, revision: str | None = None, merge: bool = False
+) -> Any:
     """`base` with a LoRA adapter from a folder or the hub, merged into its weights if asked."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base, runtime.locate(str(adapter)))
+    model = PeftModel.from_pretrained(base, runtime.locate(str(adapter)), revision=revision)
     return model.merge_and_unload() if merge else model
+
+
+def logits_difference(one: Any, other: Any, input_ids: list[int], device: Any) -> float:
+    """Largest difference between two models' logits, in units of their largest logit."""
+    import torch
+
+    ids = torch.tensor([input_ids], device=device.name)
+    autocast = torch.autocast(  # as in training, where the trainer wraps its model
+        device.name, getattr(torch, device.dtype), enabled=device.dtype != "float32"
+    )
+    with torch.inference_mode(), autocast:
+        first, second = (m.eval()(input_ids=ids).logits.float() for m in (one, other))
+    return float((first - second).abs().max() / first.abs().max())
 
 
 def _locate(name: str, revision: str | None, config: Any) -> tuple[str, str | None]:

@@ -1,7 +1,10 @@
 """Execute a notebook of this repository headless; the page itself is what runs."""
 
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ FOLDER = next((folder for folder in PAGES if folder.is_dir()), PAGES[0])
 def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
     """Run notebooks/<stage>.ipynb with papermill, echo what it prints, keep it in out/notebooks.
 
-    The executed notebook is kept on failure too. Raises RuntimeError with the notebook's error.
+    The executed notebook is kept on failure too. A SIGTERM reaches the notebook's own process, so
+    that it can save. Raises RuntimeError with the notebook's error.
     """
     source, target = FOLDER / f"{stage}.ipynb", out / "notebooks" / f"{stage}.ipynb"
     if not source.is_file():
@@ -23,26 +27,53 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
             f"{source} is not here: run it elsewhere first, or set model.adapter."
         )
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            source,
-            target,
-            parameters=parameters | {"OUT": str(out)},
-            kernel_name="python3",
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            cwd=str(runtime.ROOT),
-            extra_arguments=["--log-level=ERROR"],  # the kernel's own notices are not about the run
-        )
+        with _forwarding_sigterm():
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters=parameters | {"OUT": str(out)},
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                cwd=str(runtime.ROOT),
+                extra_arguments=["--log-level=ERROR"],  # not about the run
+            )
+    except DeadKernelError:
+        raise RuntimeError(
+            f"{stage} stopped: its process was killed or ran out of memory; run the same again, "
+            "and it goes on at this stage."
+        ) from None
     except PapermillExecutionError as error:
         raise RuntimeError(
             f"{stage} stopped: {error.evalue} ({error.ename}; the executed notebook is {target})"
         ) from None
     return target
+
+
+@contextlib.contextmanager
+def _forwarding_sigterm() -> Iterator[None]:
+    """Pass SIGTERM on to the kernel, which lives in a session of its own, instead of dying first."""
+    import psutil
+
+    def forward(number, frame):
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, forward)
+    except ValueError:  # not the main thread: nothing to listen with
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def ran_through(stage: str, out: Path) -> bool:

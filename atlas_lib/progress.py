@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Collection, Iterator
-from typing import Any
 
 INTERVAL = 10.0  # seconds between two lines
 
@@ -21,20 +20,3 @@ def track(items: Collection, what: str) -> Iterator:
 def say(what: str, done: int, total: int, seconds: float, note: str = "") -> None:
     left = seconds / done * (total - done)
     print(f"{what}: {done}/{total}, {seconds:.0f} s so far, {left:.0f} s left{note}", flush=True)
-
-
-def trainer_callback() -> Any:
-    """A transformers TrainerCallback that prints a line at each log, loss included."""
-    from transformers import TrainerCallback
-
-    class ProgressLines(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.started, self.first_step = time.monotonic(), state.global_step
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            done = state.global_step - self.first_step
-            if "loss" in (logs or {}) and done:
-                seconds, total = time.monotonic() - self.started, state.max_steps - self.first_step
-                say("training step", done, total, seconds, f", loss {float(logs['loss']):.3f}")
-
-    return ProgressLines()

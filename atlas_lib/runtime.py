@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +132,20 @@ def device(config: Any) -> Device:
     return Device("cuda", "float16", f"sm_{major}{minor} would only emulate bfloat16")
 
 
+def session_deadline(config: Any) -> float | None:
+    """Unix time, ten minutes before the session ends, by which work has to be saved; None: never.
+
+    A hosted session begins with its first process, any other with this one.
+    """
+    hosted, hours = where() != "local", config.run.session_hours
+    hours = hours or (12 if where() == "kaggle" else None)
+    if hours is None:
+        return None
+    import psutil
+
+    return psutil.Process(1 if hosted else None).create_time() + hours * 3600 - 600
+
+
 def locate(name: str) -> str:
     """The absolute path of a file or folder below the repository, any other name unchanged."""
     return str(ROOT / name) if (ROOT / name).exists() else name
@@ -184,25 +197,44 @@ def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
         ) from None
 
 
-def report_to(config: Any) -> str:
-    """SFTConfig.report_to: "wandb" only if the config asks for it and a key is found."""
-    key = secret("WANDB_API_KEY") if config.train.report_to == "wandb" else None
-    if key:
-        os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
-        if os.environ.get("WANDB_MODE") == "disabled":
-            del os.environ["WANDB_MODE"]  # set below, before the key was there
-        print("W&B: on (a key was found).")
-        return "wandb"
-    os.environ["WANDB_MODE"] = "disabled"
+def report_to(config: Any, out: Path) -> str:
+    """SFTConfig.report_to: "wandb" only if the config asks for it and its key is accepted.
+
+    W&B's own answer to a missing key is a prompt, and to a wrong one an exception after the model
+    has been loaded; here both switch it off.
+    """
     asked = config.train.report_to
-    print("W&B: off (no key, or not asked for).")
-    return "none" if asked in (None, "wandb") else asked
+    key = secret("WANDB_API_KEY") if asked == "wandb" else None
+    mode = os.environ.pop("WANDB_MODE", None)
+    mode = None if mode == "disabled" else mode  # set below, before there was a key
+    refused = _wandb_refuses(key, mode) if key else "no key, or not asked for"
+    if refused:
+        os.environ["WANDB_MODE"] = "disabled"
+        print(f"W&B: off ({refused}).")
+        return "none" if asked in (None, "wandb") else asked
+    os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
+    os.environ |= {"WANDB_MODE": mode} if mode else {}
+    os.environ.setdefault("WANDB_DIR", str(out))
+    os.environ.setdefault("WANDB_NAME", f"{out.name} {config.digest()}")
+    print("W&B: on (a key was found).")
+    return "wandb"
+
+
+def _wandb_refuses(key: str, mode: str | None) -> str | None:
+    """Why W&B will not work with this key, in a few words; None: it will. At most 5 seconds."""
+    if mode == "offline":
+        return None
+    import wandb
+
+    try:
+        wandb.Api(api_key=key, timeout=5)
+    except Exception as error:
+        return " ".join(str(error).split()).replace(key, "***").rstrip(".")
+    return None
 
 
 def start(config: Any, out: Path) -> None:
     """Print the stamp of a notebook: what runs, on which versions, where the results go."""
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     token = secret("HF_TOKEN")  # Kaggle's secrets do not reach huggingface_hub by themselves
     if token:
         os.environ["HF_TOKEN"] = token

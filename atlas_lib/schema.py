@@ -36,6 +36,13 @@ class Run(Section):
     require_gpu: bool
     eval_batch_size: PositiveInt
     wandb_project: str
+    checkpoint_minutes: float = Field(ge=0)
+    session_hours: float | None = Field(gt=0)
+
+
+class Output(Section):
+    hub_repo: str | None
+    hub_private: bool
 
 
 class Model(Section):
@@ -46,6 +53,7 @@ class Model(Section):
     instruct: str | None
     instruct_revision: str | None
     adapter: str | None
+    adapter_revision: str | None
     chat_template: Literal["qwen2_5"] | None
     pad_token: str | None
 

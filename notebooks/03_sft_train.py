@@ -61,7 +61,7 @@ import math
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, audit, data, generate, model, progress, runtime, template
+from atlas_lib import artifacts, audit, card, data, generate, hub, memory, model, runtime, template
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -69,6 +69,7 @@ out = runtime.output_folder(OUT, CONFIG, OVERLAY)
 runtime.start(config, out)
 device = runtime.device(config)
 print(f"{device.name}, {device.dtype}: {device.reason}")
+repo = hub.preflight(config)  # now, not after the training
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
@@ -116,36 +117,48 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from atlas_lib import callbacks
+
 tokenizer = model.load_tokenizer(config)
 model.check_vocabulary(tokenizer, config)
 template.patch_chat_template_for_assistant_mask(tokenizer)
-base = model.load_weights("base", config, device, config.quantization.load_in_4bit)
+in_4bit = config.quantization.load_in_4bit
+base = model.load_weights("base", config, device, in_4bit)
 print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_type)
+recompute = memory.must_checkpoint(base, config, device)
 
 # %% [markdown]
 # Freezing the base in 4 bits is what makes this fit anywhere: the weights shrink to a quarter of
 # their 16-bit size, and only the thin update needs gradients and optimizer state. At half a billion
 # parameters it would fit without, but this is the path that larger models have to take.
+# *Activation checkpointing* forgets what the forward pass computed and computes it again when the
+# backward pass needs it: a third more work for a fraction of the memory.
 #
 # ## The training cell
 #
 # This is the whole recipe: everything under `train:` in the config goes straight into TRL's
-# `SFTConfig`, and the precision follows the device. The adapter is kept in float32 while float16
-# trains, since a gradient scaler cannot work on the bfloat16 that TRL would choose.
+# `SFTConfig`, and the precision follows the device. TRL makes the adapter of a 4-bit model bfloat16
+# and this cell puts it back to float32: float16's gradient scaler cannot work on bfloat16, and
+# small updates would be rounded away in it.
+#
+# Three callbacks watch: one prints, one stops at a loss that is not a number, and one writes a
+# checkpoint every few minutes, so that a session that dies costs minutes.
 
 # %%
 arguments = SFTConfig(
     **{
-        "output_dir": str(out / "03_sft_train" / "trainer"),
+        "output_dir": str(out / "checkpoints"),
         "seed": config.seed,
         "fp16": device.dtype == "float16",
         "bf16": device.dtype == "bfloat16",
         "use_cpu": device.name == "cpu",
         "disable_tqdm": True,
         **config.train.model_dump(exclude_unset=True),
-        "report_to": runtime.report_to(config),
+        "activation_checkpointing": recompute,
+        "report_to": runtime.report_to(config, out),
     }
 )
+checkpoints = callbacks.Checkpoints(config, out, device, [source, audited])
 trainer = SFTTrainer(
     model=base,
     args=arguments,
@@ -155,12 +168,13 @@ trainer = SFTTrainer(
     ),
     processing_class=tokenizer,
     peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
-    callbacks=[progress.trainer_callback()],
+    callbacks=[callbacks.ProgressLines(), callbacks.LossGuard(), checkpoints],
 )
 trainer.remove_callback(PrinterCallback)  # ours says how much time is left
-model.keep_adapter_in_float32(trainer.model, device)
+model.score_supervised_positions_only(device)
+model.keep_adapter_in_float32(trainer.model)
 trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
-assert device.dtype != "float16" or trained_types == {"torch.float32"}, trained_types
+assert trained_types == {"torch.float32"}, trained_types
 
 # %%
 trainable, total = model.parameter_counts(trainer.model)
@@ -173,11 +187,12 @@ print(f"{compared:,} rows: the trainer's labels are exactly those that the audit
 # the trainer's own data set, all of them. Had one token differed, the cell would have raised.
 
 # %%
-result = trainer.train()
+result = trainer.train(resume_from_checkpoint=checkpoints.resume_from)
+checkpoints.require_finished(result.global_step, steps)
 assert result.global_step == steps, "the trainer does not agree with the arithmetic"
 validation = trainer.evaluate()
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
-assert all(math.isfinite(entry["loss"]) for entry in log), "the loss is not a number"
+assert math.isfinite(validation["eval_loss"]), "the validation loss is not a number"
 
 # %% [markdown]
 # ## The loss
@@ -203,31 +218,11 @@ plt.show()
 # The dashed line is the loss on conversations that were never trained on. If it lay far above the
 # end of the curve, the model would have learned the rows by heart.
 #
-# ## Save, and say what was done
-#
-# The adapter goes to disk with the tokenizer beside it. Its default template is the original one,
-# because plain Jinja readers cannot parse the markers; the patched one is kept under the name
-# `training`.
-
-# %%
-losses = {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"]}
-losses["validation_loss"] = validation["eval_loss"]
-size = {"steps": result.global_step, "rows_compared_with_audit": compared}
-size |= {"trainable_parameters": trainable, "total_parameters": total}
-spent = {"precision": device.dtype, "seconds": result.metrics["train_runtime"]}
-
-with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
-    model.save_adapter(trainer.model, folder / "adapter", config, tokenizer.chat_template)
-    artifacts.write_jsonl(folder / "train_log.jsonl", trainer.state.log_history)
-    artifacts.write_json(
-        folder / "summary.json", {"label": config.label, **size, **losses, **spent}
-    )
-
-# %% [markdown]
 # ## Ask it something
 #
 # Edit the prompts and run the cell again. The same weights answer twice: once with the adapter
-# switched off, once with it on.
+# switched off, once with it on. A few first turns of the validation rows are asked as well, to see
+# whether it has learned to stop.
 
 # %%
 prompts = [
@@ -235,18 +230,60 @@ prompts = [
     "Tell me about sculpture. Wrap your whole answer in double quotation marks.",
     "Is jazz guitar hard to learn? Answer with one of: My answer is yes. My answer is no.",
 ]
-settings = (tokenizer, prompts, "chat", 80, len(prompts))
-after = generate.generate(trainer.model, *settings)
 with trainer.model.disable_adapter():
-    before = generate.generate(trainer.model, *settings)
-for prompt, base_answer, sft_answer in zip(prompts, before, after, strict=True):
-    print(
-        f"PROMPT {prompt}\n  base {base_answer['response']!r}\n  SFT  {sft_answer['response']!r}\n"
-    )
+    before = generate.generate(trainer.model, tokenizer, prompts, "chat", 80, len(prompts))
+firsts = [chat for chat in data.read(source, "validation") if chat[0]["role"] == "user"][:5]
+asked = prompts + [chat[0]["content"] for chat in firsts]
+cap = min(512, config.eval.max_new_tokens)
+after = generate.generate(trainer.model, tokenizer, asked, "chat", cap, len(asked))
+for prompt, was, now in zip(prompts, before, after, strict=False):
+    print(f"PROMPT {prompt}\n  base {was['response']!r}\n  SFT  {now['response'][:400]!r}\n")
+stop_share = generate.diagnose(after)["stop_rate"]
+print(f"SFT ends {stop_share:.0%} of {len(asked)} answers by itself, within {cap} tokens")
 
 # %% [markdown]
-# The base goes on writing, the fine-tuned model answers and stops. Three prompts are an
-# illustration; the measurement is notebook 04.
+# The base goes on writing, the fine-tuned model answers and stops. A few prompts are an
+# illustration and fail no run; the measurement is notebook 04.
+#
+# ## Save, and say what was done
+#
+# The adapter goes to disk with the tokenizer beside it. Its default template is the original one,
+# because plain Jinja readers cannot parse the markers; the patched one is kept under the name
+# `training`. Before the stage counts as finished, a fresh base with the adapter from disk has to
+# give the trained model's logits: what is handed over is what was trained.
+
+# %%
+losses = {"first_loss": log[0]["loss"], "last_loss": log[-1]["loss"]}
+losses["validation_loss"] = validation["eval_loss"]
+size = {"steps": result.global_step, "rows_compared_with_audit": compared}
+size |= {"trainable_parameters": trainable, "total_parameters": total}
+spent = {"precision": device.dtype, "seconds": result.metrics["train_runtime"]}
+spent |= {"resumed_after_step": checkpoints.resumed_after, "activation_checkpointing": recompute}
+summary = {"label": config.label, **size, **losses, **spent}
+summary |= {"stop_share": stop_share, "answers": len(asked)}
+
+# %%
+with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
+    adapter = folder / "adapter"
+    model.save_adapter(trainer.model, adapter, config, tokenizer.chat_template)
+    fresh = model.attach_adapter(model.load_weights("base", config, device, in_4bit), adapter)
+    probe = trainer.train_dataset[0]["input_ids"][:256]
+    summary["reload_difference"] = model.logits_difference(trainer.model, fresh, probe, device)
+    assert summary["reload_difference"] < 1e-2, "the saved adapter is not the trained one"
+    artifacts.write_jsonl(folder / "train_log.jsonl", trainer.state.log_history)
+    artifacts.write_json(folder / "summary.json", summary)
+    card.write(adapter, config, summary, audit.read_summary(audited), repo)
+checkpoints.remove()  # the recipe's single save has taken their place
+print(f"saved and reloaded: logits differ by {summary['reload_difference']:.1e} of the largest")
+
+# %% [markdown]
+# ## Push it, if a token and a repository are there
+#
+# The token was tried before the training. If the upload fails all the same, the adapter is safe in
+# the output folder, and the command that sends it later is printed.
+
+# %%
+hub.push(adapter, repo, config)
 
 # %%
 headline.update(

@@ -143,7 +143,8 @@ ask("base", base)
 # half precision a near tie between two tokens may fall the other way.
 
 # %%
-sft = model.attach_adapter(base, adapter, merge=not config.eval.load_in_4bit)
+revision = config.model.adapter_revision
+sft = model.attach_adapter(base, adapter, revision, merge=not config.eval.load_in_4bit)
 ask("SFT", sft)
 
 # %% [markdown]

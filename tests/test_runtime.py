@@ -490,19 +490,3 @@ def test_tracking_nothing_says_nothing(capsys):
 def test_the_time_left_is_in_proportion(capsys):
     progress.say("work", 2, 10, 5.0, ", loss 1.000")
     assert capsys.readouterr().out == "work: 2/10, 5 s so far, 20 s left, loss 1.000\n"
-
-
-def test_a_training_step_is_a_line_and_a_resumed_run_counts_from_its_start(capsys):
-    from transformers import TrainerState
-
-    callback = progress.trainer_callback()
-    state = TrainerState(global_step=100, max_steps=300)
-    callback.on_train_begin(None, state, None)
-    callback.on_log(None, state, None, logs={"loss": 9.0})  # no step yet: no rate to tell
-    state.global_step = 150
-    callback.on_log(None, state, None, logs={"loss": 1.25})
-    callback.on_log(None, state, None, logs={"eval_loss": 1.5})
-    callback.on_log(None, state, None, logs=None)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("training step: 50/200, ")
-    assert line.endswith(", loss 1.250")
