@@ -9,7 +9,7 @@ from typing import Any
 from atlas_lib import runtime
 
 ANSWER_SECONDS = 10  # for each of preflight's questions
-UPLOAD_SECONDS = 120  # for each step of a push, not for the whole of it
+UPLOAD_SECONDS = 60  # for each step of a push, which the client tries six times
 # Files that were not finished, and pickles, which run code where they are loaded.
 UNPUBLISHED = ("*.part", "*.bin", "*.pt", "*.pkl")
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -39,8 +39,8 @@ def preflight(config: Any) -> str | None:
         command = _command(later, "OUT/03_sft_train/adapter", output.hub_private)
         print(f"Hub: cannot be reached ({error}); the adapter stays in OUT, to push: {command}")
         return None
-    was_public = "public already; output.hub_private does not change what exists"
-    seen = "private" if private else was_public if output.hub_private else "public"
+    kept = "public already; output.hub_private does not change what exists"
+    seen = "private" if private else kept if output.hub_private else "public"
     print(f"Hub: will push to {repo} ({seen})")
     return repo
 
@@ -138,9 +138,8 @@ def _ask(api: Any, question: Callable, refusal: str, *args: Any, **options: Any)
 
 def _why(error: Exception, token: str | None) -> str:
     """An exception as one line that holds no token."""
-    response = getattr(error, "response", None)
-    said = str(error)
-    if response is not None:
+    response, said = getattr(error, "response", None), str(error)
+    if response is not None:  # the client's own text fills a paragraph
         said = f"{response.status_code} {getattr(error, 'server_message', None) or ''}"
     line = " ".join(said.split()).rstrip(".") or type(error).__name__
     return line.replace(token, "***") if token else line

@@ -58,7 +58,7 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def _forwarding_sigterm() -> Iterator[None]:
-    """Pass SIGTERM on to the kernel, which lives in a session of its own, instead of dying first."""
+    """Pass SIGTERM on to the kernel, which has a session of its own, instead of dying first."""
     import psutil
 
     def forward(number, frame):

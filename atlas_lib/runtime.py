@@ -230,6 +230,8 @@ def _wandb_refuses(key: str, mode: str | None) -> str | None:
         wandb.Api(api_key=key, timeout=5)
     except Exception as error:
         return " ".join(str(error).split()).replace(key, "***").rstrip(".")
+    finally:
+        wandb.teardown()  # it has read the environment, which is not what it will be
     return None
 
 

@@ -200,6 +200,17 @@ def test_an_upstream_that_was_never_read_is_named(config, tmp_path):
     assert f"another {FIRST}" in refusal(second, config, {FIRST: first})
 
 
+def test_an_adapter_trained_anew_in_the_same_place_is_another_one(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"first")
+    config = configuration.load("sft_qwen05b", "", {"model.adapter": str(adapter)})
+    folder = finish("04_ifeval_eval", config, tmp_path)
+    artifacts.check(folder, config)
+    (adapter / "adapter_model.safetensors").write_bytes(b"second")
+    assert f"content of {adapter}" in refusal(folder, config)
+
+
 # --- find and require -----------------------------------------------------------------------------
 
 

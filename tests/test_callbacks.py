@@ -281,6 +281,15 @@ LONGER = TINY | {
 }
 
 
+ORDERS = {
+    "two epochs, random order": {
+        "train__num_train_epochs": 2,
+        "train__gradient_accumulation_steps": 2,
+    },
+    "grouped by length": {"train__train_sampling_strategy": "group_by_length"},
+}
+
+
 def command(out: Path, **more) -> list[str]:
     settings = LONGER | {key.replace("__", "."): value for key, value in more.items()}
     given = [a for k, v in settings.items() for a in ("--set", f"{k}={json.dumps(v)}")]
@@ -314,9 +323,8 @@ def finished(out: Path, **more) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["random", "group_by_length"])
-def test_a_run_that_is_stopped_in_every_way_gives_the_uninterrupted_adapter(order, tmp_path):
-    given = {"train__train_sampling_strategy": order, "train__num_train_epochs": 1}
+@pytest.mark.parametrize("given", ORDERS.values(), ids=ORDERS.keys())
+def test_a_run_that_is_stopped_in_every_way_gives_the_uninterrupted_adapter(given, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     finished(whole, **given)
     drawn = random.randrange(2, 6)

@@ -1,6 +1,8 @@
 """Loading, adapters and what is saved; on the CPU, where the precision rules are only dtypes."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from atlas_lib import config as configuration
-from atlas_lib import model, runtime, template
+from atlas_lib import model, offline, runtime, template
 
+README = Path(__file__).resolve().parent.parent / "README.md"
 CPU = runtime.Device("cpu", "float32", "test")
 
 
@@ -114,6 +117,38 @@ def test_a_saved_adapter_gives_the_same_logits(saved, tiny_config, merge):
         torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
 
 
+def test_a_reloaded_adapter_differs_by_nothing_and_another_one_by_a_lot(saved, tiny_config):
+    adapted, folder = saved
+    bare = model.load_weights("base", tiny_config, CPU, in_4bit=False)
+    fresh = model.attach_adapter(bare, folder)
+    assert model.logits_difference(adapted, fresh, list(range(12)), CPU) < 1e-6
+    first = next(p for name, p in fresh.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        first.zero_()
+    assert model.logits_difference(adapted, fresh, list(range(12)), CPU) > 1e-2
+
+
+def test_skipping_unsupervised_positions_leaves_the_loss_as_it_is(tiny_config, monkeypatch):
+    from trl.trainer import utils
+
+    base = model.load_weights("base", tiny_config, CPU, in_4bit=False)
+    utils.add_fused_lm_head(base)
+    ids = torch.arange(40)[None]
+    labels = ids.clone()
+    labels[:, :30] = -100
+    scored = []
+    whole = utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        utils._ChunkedLogProbFunction, "apply", lambda h, *a: scored.append(len(h)) or whole(h, *a)
+    )
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # put back afterwards
+    losses = [base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item()]
+    model.score_supervised_positions_only(CPU)
+    losses.append(base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item())
+    assert scored == [39, 10]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_what_lies_beside_the_adapter(saved, tiny_config):
     from transformers import AutoTokenizer
 
@@ -128,6 +163,25 @@ def test_what_lies_beside_the_adapter(saved, tiny_config):
     assert "{%- generation %}" in tokenizer.chat_template["training"]
     assert tokenizer.get_chat_template() == original
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_readme_shows_how_to_go_on_training(saved, tiny_config):
+    adapted, folder = saved
+    [code] = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
+    assert code.count("\n") == 5
+    real = configuration.load("sft_qwen05b").model
+    code = code.replace("runs/sft_qwen05b/03_sft_train/adapter", str(folder))
+    code = code.replace(f', revision="{real.base_revision}"', "")
+    code = code.replace(real.base, offline.resolve(tiny_config.model.base, tiny_config))
+    names = {}
+    exec(code, names)
+    ids = names["tokenizer"]("Once more.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(ids).logits, adapted(ids).logits)
+    names["model"].train()(input_ids=ids, labels=ids).loss.backward()
+    moved = [n for n, p in names["model"].named_parameters() if p.grad is not None]
+    assert moved
+    assert all("lora" in name for name in moved)
 
 
 def test_a_tokenizer_without_the_end_of_turn_is_refused():

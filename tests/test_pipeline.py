@@ -146,6 +146,23 @@ def test_papermill_runs_a_notebook_by_itself(tmp_path):
     assert (tmp_path / "out" / "03_sft_train" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_bfloat16_adapter_stops_the_page(tmp_path):
+    """Without the cast, TRL's bfloat16 adapter would meet float16's gradient scaler on a T4."""
+    cast = "model.keep_adapter_in_float32(trainer.model)\n"
+    page = (ROOT / "notebooks" / "03_sft_train.ipynb").read_text("utf-8")
+    planted = tmp_path / "planted.ipynb"
+    planted.write_text(page.replace(json.dumps(cast)[1:-1], "", 1), "utf-8")
+    assert planted.read_text("utf-8") != page
+    parameters = {"OVERLAY": "offline", "OUT": str(tmp_path / "out"), "SET": json.dumps(TINY)}
+    command = [sys.executable, "-m", "papermill", str(planted), str(tmp_path / "page.ipynb")]
+    for name, value in parameters.items():
+        command += ["-p", name, value]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "AssertionError: {'torch.bfloat16'}" in done.stderr
+    assert not (tmp_path / "out" / "03_sft_train").exists()
+
+
 def test_the_first_two_stages_need_neither_trl_nor_peft(tmp_path):
     code = (
         "import sys, pathlib; from atlas_lib import audit, config; from conftest import TINY;"

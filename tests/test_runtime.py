@@ -1,14 +1,17 @@
 """Where it runs, on what, with which secrets: every platform's oddities, planted."""
 
+import base64
 import os
 import subprocess
 import sys
 import threading
+import time
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import IPython
+import psutil
 import pytest
 
 from atlas_lib import config as configuration
@@ -303,48 +306,151 @@ def test_a_local_machine_has_only_its_environment():
     assert runtime.secret("WANDB_API_KEY") is None
 
 
-# --- W&B ------------------------------------------------------------------------------------------
+# --- W&B: the real client, against a stub of its service ------------------------------------------
+
+KEY = "canary2f9c1d" * 4  # W&B wants 40 characters
 
 
-def test_wandb_is_on_with_a_key_which_is_not_shown(config, monkeypatch, capfd):
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert runtime.report_to(config) == "wandb"
+@pytest.fixture(scope="module")
+def wandb_service():
+    """A W&B that knows one key. Its answer is what the client needs to know who asks."""
+
+    class Stub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            token = self.headers.get("Authorization", "").removeprefix("Basic ")
+            known = base64.b64decode(token).decode().endswith(KEY) if token else False
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"data": {"viewer": {"id": "x", "entity": "me", "flags": "{}"}}}')
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def at_the_stub(wandb_service, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_BASE_URL", wandb_service)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the client would look for, or leave, a key
+
+
+def test_wandb_is_on_with_a_key_which_is_not_shown(
+    at_the_stub, config, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert runtime.report_to(config, tmp_path) == "wandb"
     assert os.environ["WANDB_PROJECT"] == config.run.wandb_project
+    assert os.environ["WANDB_DIR"] == str(tmp_path)
     assert "WANDB_MODE" not in os.environ
     shown = "".join(capfd.readouterr())
     assert "W&B: on" in shown
-    assert CANARY not in shown
+    assert KEY not in shown
+    assert not (tmp_path / ".netrc").exists()
+
+
+@pytest.mark.parametrize("key", ["wrong" * 8, "short"])
+def test_a_wrong_key_switches_wandb_off_before_the_training(
+    key, at_the_stub, config, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    assert runtime.report_to(config, tmp_path) == "none"
+    assert os.environ["WANDB_MODE"] == "disabled"
+    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("W&B")]
+    assert line.startswith("W&B: off (")
+    assert key not in line
+
+
+def test_an_unreachable_wandb_is_off(at_the_stub, config, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", UNREACHABLE)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert runtime.report_to(config, tmp_path) == "none"
+    assert "W&B: off (" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("key", [None, ""])
-def test_wandb_is_off_without_a_key(key, config, monkeypatch, capfd):
+def test_wandb_is_off_without_a_key(key, config, monkeypatch, tmp_path, capfd):
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    assert runtime.report_to(config) == "none"
+    assert runtime.report_to(config, tmp_path) == "none"
     assert os.environ["WANDB_MODE"] == "disabled"
     assert "W&B: off" in capfd.readouterr().out
 
 
-def test_wandb_is_off_when_not_asked_for(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+def test_wandb_is_off_when_not_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     config = configuration.load("sft_qwen05b", "", {"train.report_to": "none"})
-    assert runtime.report_to(config) == "none"
+    assert runtime.report_to(config, tmp_path) == "none"
     assert os.environ["WANDB_MODE"] == "disabled"
 
 
-def test_a_key_from_kaggle_reaches_wandb(on_kaggle, config, monkeypatch):
-    kaggle_secrets(monkeypatch, lambda name: CANARY)
-    assert runtime.report_to(config) == "wandb"
-    assert os.environ["WANDB_API_KEY"] == CANARY
+def test_offline_wandb_is_not_asked_whether_it_likes_the_key(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", UNREACHABLE)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert runtime.report_to(config, tmp_path) == "wandb"
+    assert os.environ["WANDB_MODE"] == "offline"
 
 
-def test_a_key_that_is_added_later_switches_wandb_on(config, monkeypatch):
+def test_a_key_from_kaggle_reaches_wandb(at_the_stub, on_kaggle, config, monkeypatch, tmp_path):
+    kaggle_secrets(monkeypatch, lambda name: KEY)
+    assert runtime.report_to(config, tmp_path) == "wandb"
+    assert os.environ["WANDB_API_KEY"] == KEY
+
+
+def test_a_key_that_is_added_later_switches_wandb_on(at_the_stub, config, monkeypatch, tmp_path):
     """The same session of a notebook: no key, cell run; key added, cell run again."""
-    assert runtime.report_to(config) == "none"
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert runtime.report_to(config) == "wandb"
+    assert runtime.report_to(config, tmp_path) == "none"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert runtime.report_to(config, tmp_path) == "wandb"
     mode = os.environ.get("WANDB_MODE")
     assert mode != "disabled"
+
+
+@pytest.mark.parametrize("key", [None, "", "short"])
+def test_without_a_good_key_the_real_client_neither_prompts_nor_fails(key, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from atlas_lib import config, runtime\n"
+        "runtime.report_to(config.load('sft_qwen05b'), Path(sys.argv[1]))\n"
+        "import wandb; wandb.init().log({'loss': 1.0}); print('through')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path)} | ({} if key is None else {"WANDB_API_KEY": key})
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.stdout.endswith("through\n"), done.stderr
+    assert not list(tmp_path.glob("wandb/*"))
+
+
+# --- the end of the session -----------------------------------------------------------------------
+
+
+def hours_left(**run) -> float | None:
+    given = {f"run.{key}": value for key, value in run.items()}
+    end = runtime.session_deadline(configuration.load("sft_qwen05b", "", given))
+    return end and (end - time.time()) / 3600
+
+
+def test_a_local_run_has_no_end():
+    assert hours_left() is None
+
+
+def test_a_local_run_ends_when_it_is_told_to():
+    assert 0.5 < hours_left(session_hours=1) < 1 - 9 / 60  # ten minutes before
+
+
+def test_a_kaggle_session_ends_twelve_hours_after_its_first_process(on_kaggle):
+    since_boot = (time.time() - psutil.Process(1).create_time()) / 3600
+    assert hours_left() == pytest.approx(12 - 10 / 60 - since_boot, abs=0.01)
 
 
 # --- the stamp ------------------------------------------------------------------------------------
