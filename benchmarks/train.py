@@ -75,12 +75,23 @@ def build(folder: Path, on_gpu: bool) -> None:
     Qwen2ForCausalLM(shape).save_pretrained(folder)
 
 
+def conversations(rows: int, device: Any) -> list[list[dict]]:
+    """Those of benchmarks.audit; on a CPU each turn is cut to a quarter, as max_length is."""
+    chats = list(audit.conversations(rows))
+    if device.name == "cpu":
+        for turn in (turn for chat in chats for turn in chat):
+            words = turn["content"].split()
+            turn["content"] = " ".join(words[: max(1, len(words) // 4)])
+    return chats
+
+
 def resolved(row: Row, folder: Path, dropout: bool) -> Any:
     """The row's config, with the random weights in the place of the hub's."""
     tokenizer = str(qwen_tokenizer.fetch())
     local = {"model.base": str(folder), "model.base_revision": None, "run.require_gpu": False}
     local |= {"model.tokenizer": tokenizer, "model.tokenizer_revision": None}
     local |= {"train.report_to": "none", "train.logging_steps": 1}
+    local |= {"train.max_length": 256}
     return configuration.load(
         row.config, "", local | ({} if dropout else {"lora.lora_dropout": 0.0}) | row.changes
     )
@@ -147,7 +158,7 @@ def trainer_for(row: Row, config: Any, device: Any, scratch: Path, steps: int) -
     template.patch_chat_template_for_assistant_mask(tokenizer)
     base = model.load_weights("base", config, device, config.quantization.load_in_4bit)
     recompute = memory.must_checkpoint(base, config, device)
-    chats = audit.conversations(steps * ROWS_A_STEP)
+    chats = conversations(steps * ROWS_A_STEP, device)
     arguments = SFTConfig(
         **{
             "output_dir": str(scratch),

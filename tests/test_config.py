@@ -320,6 +320,7 @@ def test_the_published_recipe_is_as_stated():
         "instruct": "Qwen/Qwen2.5-0.5B-Instruct",
         "instruct_revision": "7ae557604adf67be50417f59c2c2f167def9a775",
         "adapter": None,
+        "adapter_revision": None,
         "chat_template": None,
         "pad_token": None,
     }
@@ -360,6 +361,7 @@ def test_the_published_recipe_is_as_stated():
             "report_to": "wandb",
         }.items()
     )
+    assert config["output"]["hub_repo"] == "{user}/atlas-sft-qwen05b-v2"
     assert config["eval"]["prompts"] == "google/IFEval"
     assert config["eval"]["prompts_revision"] == "966cd89545d6b6acfd7638bc708b98261ca58e84"
     assert config["eval"]["limit"] is None
@@ -374,8 +376,9 @@ def test_the_smoke_run_is_50_steps_of_the_recipe():
     assert smoke["label"]
     assert changed <= {
         "label", "train.max_steps", "data.n_samples", "data.n_validation", "eval.limit",
-        "eval.formats",
+        "eval.formats", "output.hub_repo",
     }  # fmt: skip
+    assert smoke["output.hub_repo"] is None
 
 
 def test_the_stand_in_needs_neither_gpu_nor_hub():
@@ -532,3 +535,46 @@ def test_the_command_says_one_sentence_and_fails(arguments, words):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
+
+
+# --- recipes of ours, on top of the published one -------------------------------------------------
+
+OURS = {
+    "sft_qwen05b_fast": {
+        "train.activation_checkpointing": None,
+        "train.train_sampling_strategy": "group_by_length",
+    },
+    "sft_qwen05b_all_linear": {
+        "train.activation_checkpointing": None,
+        "train.train_sampling_strategy": "group_by_length",
+        "train.max_length": 2048,
+        "lora.target_modules": [
+            f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), OURS.items(), ids=OURS.keys())
+def test_our_variants_differ_from_the_recipe_in_what_they_say(name, changes):
+    ours, recipe = (configuration.load(n).relevant("03_sft_train") for n in (name, "sft_qwen05b"))
+    differ = {key: ours[key] for key in ours if ours[key] != recipe.get(key, "absent")}
+    assert differ == changes
+    assert recipe.keys() <= ours.keys()
+    repositories = {configuration.load(n).output.hub_repo for n in (name, "sft_qwen05b")}
+    assert len(repositories) == 2
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_variants_are_labelled_and_take_overlays(name):
+    assert configuration.load(name).label
+    assert configuration.load(name, "offline").data.dataset == "embedded:ultrachat"
+    assert configuration.load(name, "offline").label.startswith("offline stand-in")
+
+
+def test_a_recipe_that_extends_nothing_known_is_named(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("seed: 1\n", "utf-8")
+    (tmp_path / "mine.yaml").write_text("extends: theirs\n", "utf-8")
+    monkeypatch.setattr(configuration, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"Unknown config 'theirs'"):
+        configuration.load("mine")

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 from peft import LoraConfig, get_peft_model
 
+from atlas_lib import card, model, offline, runtime, template
 from atlas_lib import config as configuration
-from atlas_lib import model, offline, runtime, template
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 CPU = runtime.Device("cpu", "float32", "test")
@@ -103,7 +104,8 @@ def saved(tiny_config, tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     tokenizer = model.load_tokenizer(tiny_config)
     template.patch_chat_template_for_assistant_mask(tokenizer)
-    model.save_adapter(adapted, tmp_path / "adapter", tiny_config, tokenizer.chat_template)
+    pinned = configuration.load("sft_qwen05b", "offline", TINY | {"model.base_revision": "pinned"})
+    model.save_adapter(adapted, tmp_path / "adapter", pinned, tokenizer.chat_template)
     return adapted.eval(), tmp_path / "adapter"
 
 
@@ -155,6 +157,7 @@ def test_what_lies_beside_the_adapter(saved, tiny_config):
     _, folder = saved
     read = {p.name: json.loads(p.read_text("utf-8")) for p in folder.glob("*config.json")}
     assert read["adapter_config.json"]["base_model_name_or_path"] == tiny_config.model.base
+    assert read["adapter_config.json"]["revision"] == "pinned"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert read["generation_config.json"]["eos_token_id"] == ids
@@ -163,6 +166,20 @@ def test_what_lies_beside_the_adapter(saved, tiny_config):
     assert "{%- generation %}" in tokenizer.chat_template["training"]
     assert tokenizer.get_chat_template() == original
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_cards_code_runs_and_stops_at_both_tokens(saved, tiny_config):
+    folder = saved[1]
+    settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    base = offline.resolve(tiny_config.model.base, tiny_config)
+    settings |= {"base_model_name_or_path": base, "revision": None}  # `embedded:` is ours alone
+    (folder / "adapter_config.json").write_text(json.dumps(settings), "utf-8")
+    text = card.TEMPLATE.read_text("utf-8").replace("{{ name }}", str(folder))
+    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(code, names)
+    assert names["settings"].eos_token_id == model.stop_ids(names["tokenizer"])
+    assert len(names["answer"]) <= 200
 
 
 def test_the_readme_shows_how_to_go_on_training(saved, tiny_config):
