@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,9 +185,12 @@ def load_responses(path: Path, prompts: list[dict]) -> tuple[list[str], list[str
     other = [(n, asked["key"]) for n, (row, asked) in pairs if row["prompt"] != asked["prompt"]]
     if len(other) > len(rows) / 100:
         many = f"{len(other)} of {len(rows)} prompts are not those to score by"
-        raise ValueError(f"{path}, line {other[0][0]} (key {other[0][1]}) is the first where {many}")
-    told = "another prompt text than the prompts have"
-    return [row["response"] for row in rows], [f"{path}, line {n} (key {k}): {told}" for n, k in other]
+        raise ValueError(
+            f"{path}, line {other[0][0]} (key {other[0][1]}) is the first where {many}"
+        )
+    told = "the prompt's text differs from the one to score by"
+    warnings = [f"{path}, line {line} (key {key}): {told}" for line, key in other]
+    return [row["response"] for row in rows], warnings
 
 
 def _refuse_repeats(rows: list[dict], prompts: list[dict], path: Path) -> None:
@@ -315,10 +318,9 @@ def _score_command(args: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     verdicts = score(prompts, responses)
     summary = summarise(verdicts) | {"intervals": intervals(verdicts)}
-    local = Path(args.prompts).is_file()
-    summary |= {"prompts": Path(args.prompts).name if local else args.prompts}
-    summary |= {"revision": args.revision, "responses": args.responses.name}
-    summary |= {"responses_sha256": artifacts.sha256(args.responses)}
+    local = Path(args.prompts).exists()
+    summary["prompts"] = Path(args.prompts).name if local else f"{args.prompts} {args.revision}"
+    summary["responses"] = f"{args.responses.name} sha256 {artifacts.sha256(args.responses)}"
     if args.out:
         # last and first to go: where there is a summary, it belongs to the verdicts beside it
         (args.out / "summary.json").unlink(missing_ok=True)
@@ -351,29 +353,53 @@ def _compare_command(args: argparse.Namespace) -> None:
 
 
 def _comparison(found: dict) -> str:
-    needed, more = found["sensitivity"]["net_needed"], found["sensitivity"]["prompts_needed"]
-    lines = [
-        "{n} prompts: both {both}, only A {only_a}, only B {only_b}, neither {neither}",
-        "net {net:+d} prompts for B, exact McNemar p = {mcnemar_p:.3g}",
-        "prompt level, strict       {difference_points:+.2f} points (95 %: {0[0]:+.2f} to {0[1]:+.2f})",
-        "instruction level, strict  {inst_difference_points:+.2f} points"
-        " (95 %: {1[0]:+.2f} to {1[1]:+.2f})",
-        f"significant among as many discordant prompts: a net of {needed or 'none'}",
-        f"prompts to find an effect of this size with 80 % power: {more or 'no net, no number'}",
-    ]
+    sensitivity, points = found["sensitivity"], []
+    for level, name in (("prompt level", "difference"), ("instruction level", "inst_difference")):
+        low, high = found[f"{name}_ci95"]
+        gain = f"{found[f'{name}_points']:+.2f} points (95 %: {low:+.2f} to {high:+.2f})"
+        points.append(f"{level + ', strict:':<27}{gain}")
     moved = {name: n for name, n in found["by_type"].items() if n["only_a"] or n["only_b"]}
-    lines += [f"  {n['only_b']:>3} won {n['only_a']:>3} lost  {name}" for name, n in moved.items()]
-    lines += [f"won:  {found['won']}", f"lost: {found['lost']}", "B against A: {verdict}"]
-    return lines
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m atlas_lib.ifeval", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("punkt", help="find or fetch nltk's English punkt_tab files")
-    parser.parse_args()
+    return "\n".join([
+        f"{found['n']} prompts: both {found['both']}, only A {found['only_a']}, "
+        f"only B {found['only_b']}, neither {found['neither']}",
+        *points,
+        *(f"{n['only_b']:>5} won {n['only_a']:>3} lost  {name}" for name, n in moved.items()),
+        f"won: {found['won']}",
+        f"lost: {found['lost']}",
+        f"net win needed among as many discordant prompts: {sensitivity['net_needed']}",
+        f"prompts needed to find this effect with 80 % power: {sensitivity['prompts_needed']}",
+        f"B against A: {found['verdict']} (net {found['net']:+d}, exact McNemar "
+        f"p = {found['mcnemar_p']:.3g}, alpha {found['alpha']:g})",
+    ])  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parse(arguments)
     try:
-        print(f"punkt_tab: {ensure_punkt()}")
-    except OSError as error:
+        args.run(args)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m atlas_lib.ifeval", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    punkt = commands.add_parser("punkt", help="find or fetch nltk's English punkt_tab files")
+    punkt.set_defaults(run=lambda args: print(f"punkt_tab: {ensure_punkt()}"))
+    scoring = commands.add_parser("score", help="verdicts on a file of responses")
+    scoring.add_argument("--prompts", required=True, help=".jsonl in IFEval's schema, or a hub id")
+    scoring.add_argument("--revision", help="commit of the prompts on the hub")
+    scoring.add_argument("--responses", required=True, type=Path, help="{prompt, response} a line")
+    scoring.add_argument("--out", type=Path, help=f"folder for {VERDICTS} and summary.json")
+    scoring.set_defaults(run=_score_command)
+    comparing = commands.add_parser("compare", help="what B gains over A on the same prompts")
+    comparing.add_argument("a", type=Path, help=f"the baseline's {VERDICTS}, or its folder")
+    comparing.add_argument("b", type=Path)
+    comparing.add_argument("--json", type=Path, help="write the whole report here as well")
+    comparing.add_argument("--alpha", type=float, default=statistics.ALPHA)
+    comparing.add_argument("--clear-share", type=float, default=statistics.CLEAR_SHARE)
+    comparing.set_defaults(run=_compare_command)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
