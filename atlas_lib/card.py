@@ -25,7 +25,7 @@ def write(folder: Path, config: Any, summary: dict, audit: dict, repo: str | Non
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=repo or str(folder.resolve()),
+        name=repo or (config.output.hub_repo or "path/to/this/folder").replace("{user}", "USER"),
         label=config.label,
         config=config,
         recipe=_recipe(config),

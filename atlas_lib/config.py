@@ -44,7 +44,7 @@ STAGES = {
 # Names, places and secrets among SFTConfig's fields: they decide no result and enter no manifest.
 WITHOUT_EFFECT = re.compile(
     r"train\.(report_to|run_name|project|output_dir|disable_tqdm|log_\w+|logging_dir|push_to_hub"
-    r"|hub_\w+|trackio_\w+|dataloader_\w+|resume_from_checkpoint)"
+    r"|hub_\w+|trackio_\w+|dataloader_(?!drop_last)\w+|resume_from_checkpoint)"
 )
 
 

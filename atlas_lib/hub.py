@@ -104,7 +104,10 @@ def _claim(api: Any, output: Any) -> tuple[str, bool]:
     """(repository, whether it is private), made if need be and proven to be writable."""
     me = _ask(api, api.whoami, f"The hub refuses HF_TOKEN (%s); make a new one at {TOKENS}.")
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(f"HF_TOKEN can only read; make one that can write at {TOKENS}.")
+        raise ValueError(
+            f"HF_TOKEN can only read; make one that can write at {TOKENS}, or set "
+            "output.hub_repo=null."
+        )
     repo = _resolve(output.hub_repo, me["name"])
     owner, owners = repo.split("/")[0], [me["name"], *(org["name"] for org in me.get("orgs", []))]
     if owner not in owners:

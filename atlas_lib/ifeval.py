@@ -131,7 +131,8 @@ def _rows(name: str, revision: str | None) -> Iterator[tuple[str, dict]]:
 
 def _read(path: Path) -> list[dict]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl file")
+        what = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; give an existing .jsonl file")
     return artifacts.read_jsonl(path)
 
 
@@ -184,26 +185,23 @@ def load_responses(path: Path, prompts: list[dict]) -> tuple[list[str], list[str
     pairs = enumerate(zip(rows, prompts, strict=True), start=1)
     other = [(n, asked["key"]) for n, (row, asked) in pairs if row["prompt"] != asked["prompt"]]
     if len(other) > len(rows) / 100:
-        many = f"{len(other)} of {len(rows)} prompts are not those to score by"
-        raise ValueError(
-            f"{path}, line {other[0][0]} (key {other[0][1]}) is the first where {many}"
-        )
+        line, key = other[0]
+        many = f"{len(other)} of {len(rows)} prompt texts that differ from those to score by"
+        raise ValueError(f"{path}, line {line} (key {key}) is the first of {many}")
     told = "the prompt's text differs from the one to score by"
     warnings = [f"{path}, line {line} (key {key}): {told}" for line, key in other]
     return [row["response"] for row in rows], warnings
 
 
 def _refuse_repeats(rows: list[dict], prompts: list[dict], path: Path) -> None:
-    asked, lines = Counter(prompt["prompt"] for prompt in prompts), defaultdict(list)
+    # a text that is asked twice is answered twice
+    asked, lines = Counter(("prompt", prompt["prompt"]) for prompt in prompts), defaultdict(list)
     for line, row in enumerate(rows, start=1):
-        for field in ("key", "prompt"):
-            if field not in row:
-                continue
-            same = lines[field, str(row[field])]
-            same.append(line)
-            # a text that is asked twice is answered twice
-            if len(same) > (asked[row["prompt"]] or 1 if field == "prompt" else 1):
-                raise ValueError(f"{path}, line {line} repeats the {field} of line {same[0]}")
+        for value in ((field, str(row[field])) for field in ("key", "prompt") if field in row):
+            lines[value].append(line)
+            if len(lines[value]) > max(1, asked[value]):
+                first = lines[value][0]
+                raise ValueError(f"{path}, line {line} repeats the {value[0]} of line {first}")
 
 
 def _refuse_unknown_keys(rows: list[dict], prompts: list[dict], path: Path) -> None:
@@ -378,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + str(error).replace("\n", " "))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ def must_checkpoint(base: Any, config: Any, device: Any) -> bool:
     answer = needed > HEADROOM * free
     print(
         f"activation checkpointing: {'on' if answer else 'off'}, {rows} x {tokens:,} tokens keep "
-        f"{needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free"
+        f"{needed / GIB:.2f} GiB, {HEADROOM:.0%} of the free {free / GIB:.2f} GiB may be used"
     )
     return answer
 
@@ -43,8 +43,9 @@ def free_bytes(device: Any) -> int:
 def activation_bytes(shape: Any, config: Any, device: Any, tokens: int) -> int:
     """What a forward pass over `tokens` keeps for the backward pass, without checkpointing.
 
-    Measured on two layers against one of random weights, then times the layers of `shape`; with
-    attention that never builds its matrix (sdpa) it grows in proportion to the tokens.
+    Measured on two layers against one of random weights, then times the layers of `shape`. It grows
+    in proportion to the tokens as long as attention never builds its matrix: load_weights sees to
+    that. The probe is padded, since a batch with padding keeps more than one without.
     """
     one, two = (_kept_by_probe(shape, layers, config, device) for layers in (1, 2))
     return (two - one) * shape.num_hidden_layers * tokens // PROBE_TOKENS
@@ -68,8 +69,11 @@ def _kept_by_probe(shape: Any, layers: int, config: Any, device: Any) -> int:
             return tensor
 
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device.name)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model(input_ids=ids, use_cache=False)  # alive: no storage is used twice
+            # It stays alive, so that no storage is used twice.
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False)
         del output
     return sum(kept.values())
 

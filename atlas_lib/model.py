@@ -92,6 +92,7 @@ def load_weights(role: str, config: Any, device: Any, in_4bit: bool) -> Any:
         trust_remote_code=False,
     )
     _keep_cpu_gradients_right(base)
+    _keep_attention_lean(device)
     return base
 
 
@@ -104,6 +105,18 @@ def _keep_cpu_gradients_right(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _keep_attention_lean(device: Any) -> None:
+    """Repeat the keys of grouped-query attention on a T4, instead of asking sdpa to share them.
+
+    No fast kernel of sm_75 takes enable_gqa, which transformers asks for wherever a batch has no
+    padding: what is left builds the whole attention matrix in float32 (transformers#48633).
+    """
+    from transformers.integrations import sdpa_attention
+
+    if device.dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
@@ -142,23 +155,27 @@ def score_supervised_positions_only(device: Any) -> None:
         utils._use_triton = lambda device: True
 
 
-def save_adapter(model: Any, folder: Path, config: Any, training_template: str) -> None:
-    """Adapter, tokenizer and generation config into `folder`, nothing pickled.
+def save_adapter(
+    model: Any, folder: Path, config: Any, tokenizer: Any, original_template: str
+) -> None:
+    """Adapter, tokenizer and generation config into `folder`, nothing pickled, no hub asked.
 
-    The original chat template is the default one; the marked one is kept as `training`.
+    `original_template` becomes the default one; the tokenizer's marked one is kept as `training`.
     """
+    import copy
+
     from transformers import GenerationConfig
 
-    tokenizer = load_tokenizer(config)
-    ids = stop_ids(tokenizer)
     lora = model.peft_config[model.active_adapter]
     lora.base_model_name_or_path, lora.revision = config.model.base, config.model.base_revision
     model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
     (folder / "README.md").unlink(missing_ok=True)  # peft's stub says nothing
-    tokenizer.chat_template = {"default": tokenizer.chat_template, "training": training_template}
-    tokenizer.save_pretrained(folder)
+    saved = copy.deepcopy(tokenizer)
+    saved.chat_template = {"default": original_template, "training": tokenizer.chat_template}
+    saved.save_pretrained(folder)
     # Without it a fresh base + adapter stops at <|endoftext|> only.
-    GenerationConfig(eos_token_id=ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    settings = GenerationConfig(eos_token_id=stop_ids(saved), pad_token_id=saved.pad_token_id)
+    settings.save_pretrained(folder)
 
 
 def attach_adapter(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -62,8 +63,12 @@ def _forwarding_sigterm() -> Iterator[None]:
     import psutil
 
     def forward(number, frame):
-        for child in psutil.Process().children():
-            child.send_signal(signal.SIGTERM)
+        kernels = psutil.Process().children()
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGTERM)
+        if not kernels:  # nothing that could save: end as if nobody had listened
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     try:
         before = signal.signal(signal.SIGTERM, forward)

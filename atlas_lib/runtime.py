@@ -1,11 +1,13 @@
 """Where am I, on what hardware, with which secrets: decided once, printed with the reason."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,15 +137,22 @@ def device(config: Any) -> Device:
 def session_deadline(config: Any) -> float | None:
     """Unix time, ten minutes before the session ends, by which work has to be saved; None: never.
 
-    A hosted session begins with its first process, any other with this one.
+    A hosted session begins with its first process, any other with this one. Prints the deadline.
     """
-    hosted, hours = where() != "local", config.run.session_hours
-    hours = hours or (12 if where() == "kaggle" else None)
+    hours = config.run.session_hours or (12 if where() == "kaggle" else None)
     if hours is None:
         return None
     import psutil
 
-    return psutil.Process(1 if hosted else None).create_time() + hours * 3600 - 600
+    begun = [psutil.Process().create_time()]
+    with contextlib.suppress(psutil.Error):
+        begun += [psutil.Process(1).create_time()] if where() != "local" else []
+    length = hours * 3600 - 600
+    # A first process older than a session can be cannot be the session's own.
+    deadline = next((t + length for t in reversed(begun) if t + length > time.time()), None)
+    deadline = deadline or begun[0] + length
+    print(f"This session: work is saved by {time.ctime(deadline)} (run.session_hours: {hours:g}).")
+    return deadline
 
 
 def locate(name: str) -> str:
@@ -168,6 +177,7 @@ def secret(name: str) -> str | None:
     return None
 
 
+@functools.cache  # what it gave once is in the cache: a hiccup later must not lose a run
 def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
     """Ask the hub for `repo` before anything long starts. Raises ConnectionError or ValueError."""
     from huggingface_hub import HfApi, constants, errors
@@ -221,7 +231,7 @@ def report_to(config: Any, out: Path) -> str:
 
 
 def _wandb_refuses(key: str, mode: str | None) -> str | None:
-    """Why W&B will not work with this key, in a few words; None: it will. At most 5 seconds."""
+    """Why W&B will not work with this key, in a few words; None: it will. Takes seconds."""
     if mode == "offline":
         return None
     import wandb

@@ -158,6 +158,8 @@ def wins_needed(discordant, alpha: float):
     """Fewest wins of so many discordant prompts (a number or an array) with McNemar's p < alpha."""
     from scipy.stats import binom
 
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}: it must lie between 0 and 1")
     return binom.isf(alpha / 2 * (1 - 1e-12), discordant, 0.5) + 1  # p < alpha, not p <= alpha
 
 

@@ -58,7 +58,7 @@ FINE = (5, 1.0, 1.0)
 STOPPED = {
     "a loss, float32": ([(1, NAN, 1.0)], False, "loss is nan at step 1"),
     "an infinite loss": ([FINE, (10, INF, 1.0)], True, "loss is inf at step 10"),
-    "a loss after the search": ([(4, NAN, 1.0)], True, "loss is nan at step 4"),
+    "a loss, float16": ([(1, NAN, INF)], True, "loss is nan at step 1"),
     "a gradient, float32": ([FINE, (10, 1.0, NAN)], False, "gradient norm is nan at step 10"),
     "gradients that stay": (
         [FINE, (10, 1.0, INF), (20, 1.0, INF), (30, 1.0, INF)],
@@ -78,7 +78,7 @@ def test_a_bad_loss_stops_the_run_and_says_where_to_look(logs, fp16, said):
 @pytest.mark.parametrize(
     "logs",
     [
-        [(1, NAN, NAN), (2, 1.0, INF), (3, 1.0, NAN), FINE],
+        [(1, 1.0, NAN), (2, 1.0, INF), (3, 1.0, NAN), FINE],
         [(n, 1.0, INF if n % 30 else 1.0) for n in range(10, 100, 10)],  # two in a row, then fine
     ],
     ids=["the search for the scale", "now and then"],
@@ -110,6 +110,7 @@ def source(tiny_config, tmp_path) -> Path:
 
 def save(saver: callbacks.Checkpoints, step: int) -> Path:
     """What the trainer leaves, in small, and then the callback's part."""
+    saver.on_train_begin(None, TrainerState(), None)
     folder = saver.folder / f"checkpoint-{step}"
     artifacts.write_json(folder / "trainer_state.json", {})
     saver.on_save(None, TrainerState(global_step=step), None)
@@ -154,10 +155,13 @@ DIFFERENT = {
 @pytest.mark.parametrize("override", DIFFERENT.values(), ids=DIFFERENT.keys())
 def test_another_configuration_starts_over(override, tiny_config, tmp_path, source, capsys):
     old = save(callbacks.Checkpoints(tiny_config, tmp_path, CPU, [source]), 3)
-    other = configuration.load("sft_qwen05b", "offline", TINY | override)
-    assert callbacks.Checkpoints(other, tmp_path, CPU, [source]).resume_from is None
+    mistyped = configuration.load("sft_qwen05b", "offline", TINY | override)
+    other = callbacks.Checkpoints(mistyped, tmp_path, CPU, [source])
+    assert other.resume_from is None
     assert f"{next(iter(override))} is " in capsys.readouterr().out
-    assert not old.exists()
+    save(other, 1)
+    again = callbacks.Checkpoints(tiny_config, tmp_path, CPU, [source])
+    assert again.resume_from == str(old)  # a slip does not cost it
 
 
 def test_other_data_starts_over(tiny_config, tmp_path, source, capsys):
@@ -185,9 +189,9 @@ def test_what_does_not_change_the_result_does_not_matter(tiny_config, tmp_path, 
 @pytest.mark.parametrize("content", [None, "", '{"seed":'])
 def test_half_a_checkpoint_is_not_used(content, tiny_config, tmp_path, source, capsys):
     half = save(callbacks.Checkpoints(tiny_config, tmp_path, CPU, [source]), 3)
-    (half / callbacks.MADE_FROM).unlink()
+    (half / callbacks.MARKER).unlink()
     if content is not None:
-        (half / callbacks.MADE_FROM).write_text(content, "utf-8")
+        (half / callbacks.MARKER).write_text(content, "utf-8")
     assert callbacks.Checkpoints(tiny_config, tmp_path, CPU, [source]).resume_from is None
     assert "not written to its end" in capsys.readouterr().out
     assert not half.exists()
@@ -245,29 +249,77 @@ def test_the_sessions_end_saves_and_stops(tmp_path, source):
 
 def test_sigterm_saves_and_stops_and_a_second_one_is_not_held_back(tmp_path, source):
     came = []
-    signal.signal(signal.SIGTERM, lambda *_: came.append("the second"))
+    signal.signal(signal.SIGTERM, lambda *_: came.append("not held back"))
     saver = saver_with(tmp_path, source)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert came == []
-    assert step_end(saver) == (True, True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert came == ["the second"]
+    with saver.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came == []
+        assert step_end(saver) == (True, True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert came == ["not held back"]
     with pytest.raises(InterruptedError, match="SIGTERM"):
         saver.require_finished(5, 10)
 
 
-def test_after_training_sigterm_is_as_before(tmp_path, source):
+def test_after_a_training_that_fails_sigterm_is_as_before(tmp_path, source):
     before = signal.getsignal(signal.SIGTERM)
-    saver = saver_with(tmp_path, source)
-    assert signal.getsignal(signal.SIGTERM) != before
-    saver.on_train_end(None, None, None)
+    held = []
+
+    def fail():
+        with saver_with(tmp_path, source).listening():
+            held.append(signal.getsignal(signal.SIGTERM))
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fail()
+    assert held != [before]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_stop_in_the_last_step_is_no_interruption(tmp_path, source):
-    saver = saver_with(tmp_path, source)
-    os.kill(os.getpid(), signal.SIGTERM)
+    saver = saver_with(tmp_path, source, session_hours=0.001)
+    assert step_end(saver, 10, 10) == (True, True)
     saver.require_finished(10, 10)
+
+
+def test_the_time_of_earlier_sessions_counts(tmp_path, source):
+    first = saver_with(tmp_path, source)
+    first.started -= 100
+    save_at = first.folder / "checkpoint-3"
+    artifacts.write_json(save_at / "trainer_state.json", {})
+    first.on_save(None, TrainerState(global_step=3), None)
+    again = saver_with(tmp_path, source)
+    again.on_save(None, TrainerState(global_step=4), None)
+    assert 100 <= first.seconds() < again.seconds() < 200
+
+
+def test_on_kaggle_the_way_back_is_another_one(tmp_path, source, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    saver = saver_with(tmp_path, source, session_hours=0.001)
+    saver.reason = "planted"
+    with pytest.raises(InterruptedError, match="as a dataset"):
+        saver.require_finished(5, 10)
+
+
+# --- the last loss --------------------------------------------------------------------------------
+
+
+def entries(*pairs) -> list[dict]:
+    return [{"step": step, "loss": loss} for step, loss in pairs]
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (entries((1, 9.0), (10, 4.0), (20, 2.0)), 2.0),
+        (entries((10, 4.0), (20, 2.0), (21, 12.0)), (10 * 2.0 + 12.0) / 11),
+        # a checkpoint at step 17 splits the window: the same mean as 2.0 over steps 11 to 20
+        (entries((10, 4.0), (17, 1.1), (20, 4.1)), (7 * 1.1 + 3 * 4.1) / 10),
+        (entries((1, 3.0)), 3.0),
+    ],
+)
+def test_the_last_loss_does_not_depend_on_the_clock(log, expected):
+    assert callbacks.recent_loss([*log, {"step": 30, "eval_loss": 7.0}]) == pytest.approx(expected)
 
 
 # --- the whole page, stopped in every way ---------------------------------------------------------
@@ -350,6 +402,7 @@ def test_a_run_that_is_stopped_in_every_way_gives_the_uninterrupted_adapter(give
     log = artifacts.read_jsonl(out / "03_sft_train" / "train_log.jsonl")
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 17))
     assert json.loads((out / "03_sft_train" / "summary.json").read_bytes())["resumed_after_step"]
+    assert (out / "03_sft_train" / "loss.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -36,12 +36,17 @@ def test_every_value_of_recipe_and_run_is_there(tmp_path):
     config = configuration.load("sft_qwen05b")
     for key in ("train.learning_rate", "lora.r", "quantization.bnb_4bit_quant_type", "seed"):
         assert f"| `{key}` | {config.relevant('03_sft_train')[key]} |" in text
-    for value in ("313", "1.479, 1.382", "1.401", "0.88 of 8", "2,162,688", "3,456,789", "11 with"):
+    for value in ("313", "1.479, 1.382", "1.401", "88 % of 8", "2,162,688", "3,456,789", "11 with"):
         assert value in text, value
     assert config.model.base_revision in text
     assert config.data.revision in text
     assert config.digest("03_sft_train") in text
     assert 'from_pretrained("alice/atlas")' in text
+
+
+def test_without_a_push_it_names_no_folder_of_this_machine(tmp_path):
+    assert 'from_pretrained("USER/atlas-sft-qwen05b-v2")' in write(tmp_path).text
+    assert 'from_pretrained("path/to/this/folder")' in write(tmp_path, "offline").text
 
 
 def test_no_placeholder_is_left(tmp_path):

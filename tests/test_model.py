@@ -103,9 +103,10 @@ def saved(tiny_config, tmp_path):
     for parameter in (p for p in adapted.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)
     tokenizer = model.load_tokenizer(tiny_config)
+    original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)
     pinned = configuration.load("sft_qwen05b", "offline", TINY | {"model.base_revision": "pinned"})
-    model.save_adapter(adapted, tmp_path / "adapter", pinned, tokenizer.chat_template)
+    model.save_adapter(adapted, tmp_path / "adapter", pinned, tokenizer, original)
     return adapted.eval(), tmp_path / "adapter"
 
 
@@ -149,6 +150,27 @@ def test_skipping_unsupervised_positions_leaves_the_loss_as_it_is(tiny_config, m
     losses.append(base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item())
     assert scored == [39, 10]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_on_a_t4_no_batch_asks_sdpa_to_share_keys(tiny_config, monkeypatch):
+    """Full batches have no mask, and would take the one kernel that builds the whole matrix."""
+    from transformers.integrations import sdpa_attention
+
+    base = model.load_weights("base", tiny_config, CPU, in_4bit=False)
+    asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: asked.append(k.get("enable_gqa", False)) or sdpa(*a, **k),
+    )
+    ids = torch.arange(12)[None]
+    shared = base(input_ids=ids).logits
+    assert set(asked) == {True}  # what would happen on a T4, too
+    asked.clear()
+    model._keep_attention_lean(runtime.Device("cuda", "float16", "a T4"))
+    torch.testing.assert_close(base(input_ids=ids).logits, shared)
+    assert set(asked) == {False}
 
 
 def test_what_lies_beside_the_adapter(saved, tiny_config):

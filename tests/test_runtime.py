@@ -448,9 +448,31 @@ def test_a_local_run_ends_when_it_is_told_to():
     assert 0.5 < hours_left(session_hours=1) < 1 - 9 / 60  # ten minutes before
 
 
-def test_a_kaggle_session_ends_twelve_hours_after_its_first_process(on_kaggle):
-    since_boot = (time.time() - psutil.Process(1).create_time()) / 3600
-    assert hours_left() == pytest.approx(12 - 10 / 60 - since_boot, abs=0.01)
+class FirstProcess:
+    """A container that began so many hours ago."""
+
+    def __init__(self, hours_ago: float):
+        self.hours_ago, self.real = hours_ago, psutil.Process()
+
+    def __call__(self, number=None):
+        if number is None:
+            return self.real
+        if self.hours_ago is None:
+            raise psutil.AccessDenied(number)
+        return types.SimpleNamespace(create_time=lambda: time.time() - self.hours_ago * 3600)
+
+
+@pytest.mark.parametrize(
+    ("hours_ago", "left"),
+    [(3, 9 - 10 / 60), (11.9, 12 - 10 / 60), (500, 12 - 10 / 60), (None, 12 - 10 / 60)],
+    ids=["its first process", "past", "a machine that is older", "hidden"],
+)
+def test_a_kaggle_session_ends_after_twelve_hours(hours_ago, left, on_kaggle, monkeypatch, capsys):
+    monkeypatch.setattr(psutil, "Process", FirstProcess(hours_ago))
+    since_start = (time.time() - psutil.Process().create_time()) / 3600
+    own = 0 if hours_ago == 3 else since_start
+    assert hours_left() == pytest.approx(left - own, abs=0.01)
+    assert "run.session_hours: 12" in capsys.readouterr().out
 
 
 # --- the stamp ------------------------------------------------------------------------------------

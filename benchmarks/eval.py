@@ -1,0 +1,231 @@
+"""Useful tokens a second while answering IFEval-like prompts greedily: ours and two other engines.
+
+    python -m benchmarks.eval [--prompts 256] [--json results/bench_eval.json]
+
+Against lm-eval's own HF generation at batch 16, and transformers' continuous batching. Prompts have
+the lengths of IFEval's in Qwen2.5's chat format (29 tokens and a log-normal with median 41), answers
+a log-normal with median 250, capped at 1280. Weights are random, so nothing would stop by itself:
+the model ends every row at the length drawn for it, which it knows by the class of the last token
+(its id modulo the number of prompts, kept from the prompt on) and by the position, and so in every
+engine alike; which of a class's tokens comes next is up to the weights. On a CPU: a Qwen2 of
+Qwen2.5-0.5B's proportions with a thirtieth of its parameters. On a GPU: its true shape, 541 prompts
+(written, not run yet). Each engine runs in a process of its own. Leave the machine alone meanwhile.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from atlas_lib import artifacts, generate, runtime
+from benchmarks import train
+
+CAP, MEDIAN_ANSWER, SPREAD = 1280, 250, 0.8
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+STOP = SPECIALS.index("<|im_end|>")
+CHOICES = 16  # tokens in a class: how many the weights choose from
+SHAPES = {  # 0.5B's proportions: seven query heads of 64 to one of keys, MLP of 5.43 times hidden
+    "cpu": {"hidden_size": 448, "intermediate_size": 2432, "num_hidden_layers": 4}
+    | {"num_attention_heads": 7, "num_key_value_heads": 1},
+    "cuda": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
+}
+RUNS = [  # engine, slots; None: as many as the engine takes by itself
+    ("lm_eval", 16),
+    ("continuous_batching", 16),
+    ("continuous_batching", 32),
+    ("atlas", 16),
+    ("atlas", 32),
+    ("atlas", 48),
+]
+
+
+def drawn(n: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
+    """Prompt ids and answer lengths. The last token of prompt i is of class i, as is its answer."""
+    draw = random.Random(seed)
+    prompts, lengths = [], []
+    for row in range(n):
+        size = 29 + min(360, int(draw.lognormvariate(math.log(41), 0.41)))
+        words = [draw.randrange(n * CHOICES) for _ in range(size - 1)]
+        words.append(row + n * draw.randrange(CHOICES))
+        prompts.append([len(SPECIALS) + word for word in words])
+        lengths.append(min(CAP, int(draw.lognormvariate(math.log(MEDIAN_ANSWER), SPREAD))))
+    return prompts, lengths
+
+
+def tokenizer_for(n: int) -> Any:
+    """A word a token, so that every engine's text says which ids it chose."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIALS, *(f"w{i}" for i in range(n * CHOICES))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIALS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIALS[STOP],
+        pad_token=SPECIALS[0],
+        extra_special_tokens=SPECIALS[1:],
+        padding_side="left",
+    )
+
+
+def stopping_model(prompts: list[list[int]], lengths: list[int], device: Any) -> Any:
+    """A random Qwen2 that ends row i after lengths[i] tokens; `passes` times its forward passes."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    n = len(prompts)
+    shape = {"vocab_size": len(SPECIALS) + n * CHOICES} | SHAPES[device.name]
+    of_class = (torch.arange(shape["vocab_size"], device=device.name) - len(SPECIALS)) % n
+    others = of_class != torch.arange(n, device=device.name)[:, None]  # [class, word]
+    others[:, : len(SPECIALS)] = True
+    others[:, len(SPECIALS) + n * CHOICES :] = True
+    ends = [len(p) + length - 1 for p, length in zip(prompts, lengths, strict=True)]
+    ends = torch.tensor(ends, device=device.name)
+
+    class StoppingQwen2(Qwen2ForCausalLM):
+        passes = []  # seconds, whether a prompt came in, rows, rows that still had to go on
+
+        def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **inputs):
+            started = train.now(device)
+            few = isinstance(logits_to_keep, int)
+            kept = slice(-logits_to_keep, None) if few else logits_to_keep
+            output = super().forward(
+                input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **inputs
+            )
+            row, position = (input_ids[:, kept] - len(SPECIALS)) % n, position_ids[:, kept]
+            output.logits.masked_fill_(others[row], -math.inf)
+            output.logits[..., STOP].masked_fill_(position >= ends[row], math.inf)
+            alive = int((position < ends[row]).sum())
+            seconds = train.now(device) - started
+            self.passes.append((seconds, input_ids.numel() > row.numel(), row.numel(), alive))
+            return output
+
+    torch.manual_seed(0)
+    config = Qwen2Config(max_position_embeddings=32_768, tie_word_embeddings=True, **shape)
+    model = StoppingQwen2(config).to(device.name, getattr(torch, device.dtype)).eval()
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=[STOP, 0], pad_token_id=0, max_new_tokens=None
+    )
+    return model
+
+
+def with_lm_eval(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list[list[int]]:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=slots, max_length=4096)
+    options = {"until": [SPECIALS[STOP]], "max_gen_toks": CAP, "do_sample": False}
+    asked = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
+    return tokenizer(lm.generate_until(asked, disable_tqdm=True))["input_ids"]
+
+
+def with_continuous_batching(
+    model: Any, tokenizer: Any, texts: list[str], slots: int
+) -> list[list[int]]:
+    from transformers import ContinuousBatchingConfig
+
+    options = ContinuousBatchingConfig(max_requests_per_batch=slots, auto_switch_to_flash=False)
+    found = model.generate_batch(
+        tokenizer(texts)["input_ids"],
+        continuous_batching_config=options,
+        max_new_tokens=CAP,
+    )
+    cut = [itertools.takewhile(lambda i: i != STOP, f.generated_tokens) for f in found.values()]
+    return [list(ids) for ids in cut]
+
+
+def with_atlas(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list[list[int]]:
+    answers = generate.generate(model, tokenizer, texts, "raw", CAP, slots)
+    return tokenizer([answer["response"] for answer in answers])["input_ids"]
+
+
+ENGINES = {
+    "lm_eval": with_lm_eval,
+    "continuous_batching": with_continuous_batching,
+    "atlas": with_atlas,
+}
+
+
+def measure(engine: str, slots: int, n: int) -> dict:
+    """One engine's speed, memory and tokens, after a warm-up of a few short rows."""
+    from types import SimpleNamespace
+
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = SimpleNamespace(name=kind, dtype="float16" if kind == "cuda" else "float32")
+    prompts, lengths = drawn(n)
+    tokenizer = tokenizer_for(n)
+    model = stopping_model(prompts, lengths, device)
+    texts = tokenizer.batch_decode(prompts)
+    shortest = sorted(range(n), key=lengths.__getitem__)[:4]
+    ENGINES[engine](model, tokenizer, [texts[i] for i in shortest], slots)
+    model.passes.clear()
+    train.forget_peak(device)
+    before, _ = train.in_use(device)
+    started = train.now(device)
+    rows = ENGINES[engine](model, tokenizer, texts, slots)
+    seconds = train.now(device) - started
+    _, peak = train.in_use(device)
+    steps = [p for p in model.passes if not p[1]]
+    prefill, decode = (sum(p[0] for p in model.passes if p[1] == new) for new in (True, False))
+    useful = sum(map(len, rows))
+    return {
+        "engine": engine,
+        "slots": slots,
+        "useful_tokens_per_second": useful / seconds,
+        "seconds": {
+            "all": seconds, "prefill": prefill, "decode": decode,
+            "rest": seconds - prefill - decode,
+        },
+        "steps": len(steps),
+        "useful_share_of_slots": sum(p[3] for p in steps) / (slots * len(steps)),
+        "peak_mib": peak / train.MIB,
+        "peak_over_model_mib": (peak - before) / train.MIB,
+        "parameters": model.num_parameters(),
+        "rows_of_the_wrong_length": sum(len(r) != k for r, k in zip(rows, lengths, strict=True)),
+        "rows": rows,
+    }  # fmt: skip
+
+
+def in_a_process(engine: str, slots: int, n: int) -> dict:
+    """`measure` in a fresh process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.eval", "--only", engine, str(slots)]
+        command += ["--prompts", str(n), "--json", str(file)]
+        subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | train.OFFLINE)
+        return json.loads(file.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        engine, slots = args.only
+        artifacts.write_json(args.json, measure(engine, int(slots), args.prompts))
+        return
+    prompts, lengths = drawn(args.prompts)
+    results = []
+    for engine, slots in RUNS:
+        results.append(in_a_process(engine, slots, args.prompts))
+        shown = {k: v for k, v in results[-1].items() if k != "rows"}
+        print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
