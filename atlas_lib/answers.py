@@ -117,8 +117,6 @@ def _read(path: Path, made_from: dict, prompts: list[dict]) -> dict[int, dict]:
             fix = "file" if number == 1 else "line"
             raise ValueError(f"{path}, line {number} is damaged: delete the {fix} and run again.")
         if row["index"] in found:
-            raise ValueError(
-                f"{path}, line {number} answers prompt {row['index']} again: delete it."
-            )
+            raise ValueError(f"{path}, line {number} is a second answer to a prompt: delete it.")
         found[row["index"]] = {field: row[field] for field in FIELDS}
     return found

@@ -120,6 +120,17 @@ def gpu_is_there(config: Any) -> bool:
     return found
 
 
+def gpu_count() -> int:
+    """GPUs of this machine that the user has not hidden; this process itself uses one of them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "0":  # chosen by the user
+        return 1
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return listed.stdout.count("GPU ")
+
+
 def device(config: Any) -> Device:
     """Choose device and precision and say why. RuntimeError if a GPU is missing or too old."""
     if not gpu_is_there(config):

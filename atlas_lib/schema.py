@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 class Run(Section):
     require_gpu: bool
-    eval_batch_size: PositiveInt
+    eval_slots: PositiveInt | None
     wandb_project: str
     checkpoint_minutes: float = Field(ge=0)
     session_hours: float | None = Field(gt=0)
@@ -94,6 +94,11 @@ class Eval(Section):
     formats: list[Literal["raw", "chat"]] = Field(min_length=1)
     max_new_tokens: PositiveInt
     load_in_4bit: bool
+    nf4_row: bool
+    engine: Literal["slots", "vllm"]
+    alpha: float = Field(gt=0, lt=1)
+    clear_margin: float = Field(ge=0, lt=1)
+    guardrails: bool
 
 
 class Offline(Section):

@@ -223,3 +223,9 @@ def comparisons(
         n = len(verdicts[tuple(row["a"])])
         row["verdict"] = verdict(row, n, alpha, clear_share, row["p_adjusted"])
     return rows
+
+
+def in_points(row: dict) -> str:
+    """A comparison's difference and interval, to be read."""
+    low, high = row["difference_ci95"]
+    return f"{row['difference_points']:+.1f} points ({low:+.1f} to {high:+.1f})"

@@ -15,15 +15,18 @@
 # # Measure whether it follows instructions
 #
 # IFEval asks for things that a program can check: no commas, exactly three bullets, an answer in
-# quotation marks. Here the base model and the fine-tuned one answer the same prompts, greedily, and
-# Google's own checkers (as lm-eval ships them) say who did what was asked.
+# quotation marks. Here the base model, the fine-tuned one and the vendor's own Instruct answer the
+# same prompts, greedily, and Google's own checkers (as lm-eval ships them) say who did what was
+# asked.
 #
 # Each model is asked twice: **raw**, the bare prompt, as the published scores were taken, and
 # **chat**, in the template that the fine-tuning used. Published scores for this recipe exist only
 # raw, so the fine-tuned model was never asked in the language that it had been taught.
 #
-# **What you will see:** one prompt and its verdict; the grid of models and formats; which
-# instruction types moved; and whether the difference is more than noise.
+# **What you will see:** one prompt and its verdict; the rule for the words "better" and "clear",
+# fixed before any answer is read; the grid of models and formats; the differences with their
+# intervals; which instruction types moved; wins and losses to read; and what it would take to see
+# a smaller effect.
 # **In:** the adapter of notebook 03 (or `model.adapter`) and the prompts. **Out:**
 # `04_ifeval_eval/responses/`, `scores/`, `ifeval.json`, and `metrics.json`.
 
@@ -56,9 +59,11 @@ from atlas_lib import bootstrap
 bootstrap.ensure()
 
 # %%
+import math
+
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, generate, ifeval, model, notebooks, offline, runtime
+from atlas_lib import artifacts, grid, guardrails, ifeval, model, notebooks, runtime, statistics
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -77,11 +82,7 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 
 # %%
 ifeval.ensure_punkt()  # before anything long: some checkers need it, and they come last
-prompts = ifeval.load_prompts(
-    runtime.locate(offline.resolve(config.eval.prompts, config)),
-    config.eval.prompts_revision,
-    config.eval.limit,
-)
+prompts = grid.load_prompts(config)
 print(prompts[0]["prompt"])
 for answer in ("", "Yes, of course, here it is."):
     verdict = ifeval.score(prompts[:1], [answer])[0]
@@ -91,6 +92,25 @@ for answer in ("", "Yes, of course, here it is."):
 # An empty answer never passes, even where silence would satisfy the rule. Verdicts are the same in
 # every run: the two checkers that draw random letters and the language detector are seeded.
 #
+# ## The rule, before the answers
+#
+# Both models answer the *same* prompts, so only those on which they differ carry information.
+# McNemar's exact test asks whether wins and losses among them could be coin flips. One comparison
+# is the primary one, fixed here: **SFT against base, both in the chat format**. The secondary one
+# is the published protocol, raw against raw. All others are corrected together (Holm), since
+# whoever looks often enough finds something.
+
+# %%
+alpha, margin = config.eval.alpha, config.eval.clear_margin
+print(f"p < {alpha:g} and at least {math.ceil(margin * len(prompts))} more wins than losses")
+print(f"  ({margin:.1%} of {len(prompts)} prompts): 'clear margin'")
+print("fewer wins than that: 'better, but small'; more losses than wins: 'worse'")
+print("anything else: 'not distinguishable'")
+for discordant in (20, 40, 60, 100):
+    wins = int(statistics.wins_needed(discordant, alpha))
+    print(f"of {discordant} prompts on which two models differ, {wins} wins are significant")
+
+# %% [markdown]
 # ## Whose answers?
 #
 # The adapter comes from notebook 03, which is run now if it has not been; `model.adapter` names
@@ -100,88 +120,109 @@ for answer in ("", "Yes, of course, here it is."):
 # %%
 def train(config, out: Path) -> Path:
     """The page of 03 is the only place that trains: run it."""
-    notebooks.execute("03_sft_train", out, {"CONFIG": CONFIG, "OVERLAY": OVERLAY, "SET": SET})
+    page = notebooks.execute("03_sft_train", out, parameters)
+    print(f"trained by {page}")
     return out / "03_sft_train"
 
 
+parameters = {"CONFIG": CONFIG, "OVERLAY": OVERLAY, "SET": SET}
 trained = None if config.model.adapter else artifacts.require("03_sft_train", config, out, train)
 adapter = config.model.adapter or trained / "adapter"
 
 # %% [markdown]
-# ## Ask the base model
+# ## Ask everybody
 #
-# All models answer on weights of the same precision, so that only the adapter differs. The answer
-# is cut at the first stop token before it is turned into text.
-
-# %%
-tokenizer = model.load_tokenizer(config)
-texts = [prompt["prompt"] for prompt in prompts]
-grid = {}
-
-
-# %%
-def ask(name: str, answering) -> None:
-    """Fill the grid's row `name`: every prompt in every format."""
-    for form in config.eval.formats:
-        grid[name, form] = generate.generate(
-            answering,
-            tokenizer,
-            texts,
-            form,
-            config.eval.max_new_tokens,
-            config.run.eval_batch_size,
-        )
-
-
-base = model.load_weights("base", config, device, config.eval.load_in_4bit)
-ask("base", base)
-
-# %% [markdown]
-# ## Ask the fine-tuned model
+# All models answer on weights of the same precision, so that only the adapter differs, and it is
+# merged into them. In float32 merging changes no token (the tests show it row for row); in half
+# precision a near tie between two tokens may fall the other way.
 #
-# The adapter is merged into the weights, which is faster. In float32 the answers stay the same; in
-# half precision a near tie between two tokens may fall the other way.
+# The answer is cut at the first stop token before it is turned into text. As soon as one is
+# finished it is on disk, in `answers/`, and the next prompt takes its place in the batch. A run
+# that dies goes on with what is missing. On a machine with two GPUs the models are spread over
+# both.
 
 # %%
-revision = config.model.adapter_revision
-sft = model.attach_adapter(base, adapter, revision, merge=not config.eval.load_in_4bit)
-ask("SFT", sft)
-
-# %% [markdown]
-# ## And the vendor's own Instruct model
-#
-# It shows how far instruction tuning on far more data gets. Where there is no such model, as in the
-# offline stand-in, the grid says "not run".
-
-# %%
-if config.model.instruct:
-    del base, sft
-    ask("Instruct", model.load_weights("instruct", config, device, config.eval.load_in_4bit))
+answered = grid.ask_all(parameters, device, adapter, prompts, out)
+verdicts = {
+    row: ifeval.score(prompts, [answer["response"] for answer in answers])
+    for row, answers in answered.items()
+}
+assert all(len(rows) == len(prompts) for rows in verdicts.values()), "somebody did not answer"
 
 # %% [markdown]
 # ## The grid
 #
-# Four accuracies a row, and what confounds them: how many answers hit the length limit, how many
-# ended with `<|im_end|>`, how long they are, and how many different ones there are. A model that
-# says the same thing to everybody passes some instructions without having read any.
+# Four accuracies a row, and what confounds them: how many answers hit the length limit, ended with
+# `<|im_end|>`, go round in circles, are empty; how long they are, and how many different ones there
+# are. A model that says the same thing to everybody passes some instructions without having read
+# any.
 
 # %%
 import pandas as pd
 
-verdicts = {row: ifeval.score(prompts, [a["response"] for a in grid[row]]) for row in grid}
-metrics = ifeval.measure(grid, verdicts)
-assert all(row["n"] == len(prompts) for row in metrics), "a model did not answer every prompt"
-
-columns = ["n", *ifeval.ACCURACIES, "ci95", "at_cap", "stop_rate", "mean_length", "distinct"]
+metrics = ifeval.measure(answered, verdicts)
+columns = ["n", *ifeval.ACCURACIES, "ci95", "inst_ci95", "at_cap", "stop_rate", "repetition"]
+columns += ["empty", "mean_length", "distinct"]
 table = pd.DataFrame(metrics).set_index(["model", "format"])[columns].T.astype(object)
-table.loc["ci95"] = [f"{low:.3f} to {high:.3f}" for low, high in table.loc["ci95"]]
+for interval in ("ci95", "inst_ci95"):
+    table.loc[interval] = [f"{low:.3f} to {high:.3f}" for low, high in table.loc[interval]]
 if not config.model.instruct:
     table["Instruct", "any"] = "not run"
 table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
 
 # %% [markdown]
-# `ci95` is Wilson's interval of the prompt-level strict accuracy. Compare rows of the same format
-# first; the jump from raw to chat within a model says how much the wording of the question does.
+# `ci95` is Wilson's interval of the prompt-level strict accuracy; `inst_ci95` that of the
+# instruction level, a bootstrap over prompts, since the instructions of one prompt share one
+# answer. Compare rows of the same format first; the jump from raw to chat within a model says how
+# much the wording of the question does.
+#
+# Others have measured some of these rows. Where model and protocol are the same, ours should agree.
+
+# %%
+published = grid.published(config)
+for row in published:
+    ours = next((m for m in metrics if all(m[k] == row[k] for k in ("model", "format"))), None)
+    row["ours"] = "not run" if ours is None else f"{ours['prompt_level_strict_acc']:.4f}"
+    inside = ours is not None and ours["ci95"][0] <= row["value"] <= ours["ci95"][1]
+    row["agrees"] = ("yes" if inside else "no") if ours and row["should_agree"] else "-"
+pd.DataFrame(published) if published else "nobody has published figures for this model and data"
+
+# %% [markdown]
+# ## More than noise?
+#
+# Points are percentage points of prompt-level strict accuracy, their intervals a bootstrap over
+# prompts. `won` and `lost` are the prompts that only the second or only the first model passed.
+
+# %%
+compared = statistics.comparisons(verdicts, alpha, margin)
+for row in compared:
+    row["comparison"] = f"{' '.join(row['b'])} against {' '.join(row['a'])}"
+primary = next((row for row in compared if row["role"] == "primary"), compared[0])
+shown = pd.DataFrame(compared).set_index("comparison").drop(columns=["won", "lost"])
+shown["difference"] = [statistics.in_points(row) for row in compared]
+shown["p"] = [f"{p:.2g}" for p in shown["p_adjusted"]]
+shown = shown.rename(columns={"only_b": "won", "only_a": "lost"})
+shown[["role", "difference", "won", "lost", "both", "neither", "p", "verdict"]]
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, axes = plt.subplots(figsize=(7, 0.8 + 0.35 * len(compared)), layout="constrained")
+upwards = compared[::-1]
+for position, row in enumerate(upwards):
+    color = "#c44e52" if row is primary else "#4c72b0"
+    axes.plot(row["difference_ci95"], [position] * 2, color=color)
+    axes.plot(row["difference_points"], position, "o", color=color)
+axes.axvline(0, color="#8c8c8c", linewidth=0.8)
+axes.set_yticks(range(len(compared)), [row["comparison"] for row in upwards])
+axes.set(xlabel="difference in points, 95 % interval")
+axes.set_title(f"{primary['comparison']}: {primary['verdict']}")
+figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
+plt.show()
+
+# %% [markdown]
+# An interval that crosses the line leaves the direction open. The red one is the comparison that
+# was fixed beforehand; it is the one that the headline reports.
 #
 # ## Which instructions moved?
 #
@@ -190,9 +231,7 @@ table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
 # marked with a dot are the ones that the training data teaches, where that is known.
 
 # %%
-import matplotlib.pyplot as plt
-
-form = "chat" if "chat" in config.eval.formats else config.eval.formats[0]
+form = primary["b"][1]
 taught = set(config.offline.taught if config.data.dataset.startswith("embedded:") else [])
 by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == form}
 shares = pd.DataFrame(
@@ -200,48 +239,83 @@ shares = pd.DataFrame(
 )
 shares = shares.rename(lambda kind: f"{'• ' if kind in taught else ''}{kind}").sort_values("SFT")
 gained = int((shares["SFT"] > shares["base"]).sum())
-
-axes = shares.plot.barh(figsize=(8, 7), width=0.8, color=["#c5c9d3", "#4c72b0", "#8c8c8c"])
+colors = ["#c5c9d3", "#4c72b0", "#8c8c8c", "#dd8452"]
+axes = shares.plot.barh(figsize=(8, 7), width=0.8, color=colors[: len(by_type)])
 axes.set(xlabel=f"share followed ({form}, strict)", ylabel="")
 axes.set_title(f"SFT follows {gained} of {len(shares)} instruction types more often than base")
 axes.figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
 plt.show()
 
 # %% [markdown]
-# A type near zero for both is one that the fine-tuning data does not contain. It stays in the
+# A type near zero for everybody is one that the fine-tuning data does not contain. It stays in the
 # picture, and in the average. In the offline stand-in the base has read requests and answers as
 # plain text, as every pretrained model has; what the fine-tuning adds is the chat format and when
 # to stop, and that is why its raw rows differ much less than its chat rows.
 #
-# ## More than noise?
-#
-# Both models answered the *same* prompts, so only the prompts on which they differ carry
-# information. McNemar's exact test asks whether wins and losses among those could be coin flips;
-# the interval is a bootstrap over prompts.
+# Per type, the same four counts as above, for the primary comparison:
 
 # %%
-comparison = {
-    form: ifeval.compare(verdicts["base", form], verdicts["SFT", form])
-    for form in config.eval.formats
-}
-shown = pd.DataFrame(comparison).T.rename_axis("SFT against base")
-shown["mcnemar_p"] = [f"{p:.2g}" for p in shown["mcnemar_p"]]
-shown["difference_ci95"] = [f"{low:+.1f} to {high:+.1f}" for low, high in shown["difference_ci95"]]
-shown
+types = pd.DataFrame(primary["by_type"]).T.rename(columns={"only_b": "won", "only_a": "lost"})
+types.assign(net=types["won"] - types["lost"]).sort_values("net", ascending=False)
 
 # %% [markdown]
-# `only_b` are the prompts that only SFT passed, `only_a` those that only base passed. A net win of
-# about twenty prompts in five hundred is what it takes to call a difference clear.
+# ## Wins and losses, read aloud
 #
-# On the prompts whose every instruction the training data teaches, where that is known, the picture
-# should be plain; on the others nothing is expected.
+# Numbers hide what happened. Five prompts that only the second model of the primary comparison
+# passed, and five that it lost, with the instruction that the other one failed.
 
 # %%
+place = {prompt["key"]: index for index, prompt in enumerate(prompts)}
+a, b = tuple(primary["a"]), tuple(primary["b"])
+for heading, keys, failing, passing in (("WON", "won", a, b), ("LOST", "lost", b, a)):
+    for key in primary[keys][:5]:
+        index = place[key]
+        names, strict = (verdicts[failing][index][k] for k in ("instruction_id_list", "strict"))
+        failed = [name for name, ok in zip(names, strict, strict=True) if not ok]
+        print(f"{heading} {prompts[index]['prompt'][:300]!r}")
+        print(f"  {' '.join(passing)}: {answered[passing][index]['response'][:240]!r}")
+        print(f"  {' '.join(failing)}: {answered[failing][index]['response'][:240]!r}")
+        print(f"  failed by {' '.join(failing)}: {', '.join(failed)}\n")
+
+# %% [markdown]
+# ## What would it take to see less?
+#
+# A test that finds nothing has not shown that there is nothing. With as many differing prompts as
+# there were, a net win below the first number could not have been significant; to find an effect of
+# the observed size four times out of five, the second number of prompts is needed.
+
+# %%
+seen = statistics.sensitivity(primary, len(prompts), alpha)
+print(f"{primary['comparison']}: {primary['only_b']} wins, {primary['only_a']} losses")
+print(f"smallest net win that would have been significant: {seen['net_needed']}")
+print(f"prompts needed to find an effect of this size with {seen['power']:.0%} power:", end=" ")
+print(seen["prompts_needed"] or "no effect was seen")
 subset = [i for i, p in enumerate(prompts) if set(p["instruction_id_list"]) <= taught]
-on_taught = ifeval.measure(grid, verdicts, subset) if subset else []
-pd.DataFrame(
-    on_taught, columns=["model", "format", *columns]
-) if subset else "not known for this data"
+on_taught = ifeval.measure(answered, verdicts, subset) if subset else []
+
+# %% [markdown]
+# Where it is known which types the training data teaches, the picture on the prompts that ask for
+# nothing else should be plain; on the others nothing is expected.
+
+# %%
+pd.DataFrame(on_taught)[["model", "format", *columns]] if on_taught else "not known for this data"
+
+# %% [markdown]
+# ## What should not have moved
+#
+# Knowledge and arithmetic are not what this fine-tuning teaches. `eval.guardrails` asks MMLU, GSM8K
+# and TruthfulQA as the published recipe did, which takes hours; nothing is expected to move by more
+# than a point or two.
+
+# %%
+guarded = []
+for name in grid.models(config) if config.eval.guardrails else []:
+    answering = grid.load(name, config, device, adapter)
+    rows = guardrails.measure(answering, model.load_tokenizer(config), batch_size=8)
+    guarded += [{"model": name, **row} for row in rows]
+for row in guarded:
+    row["published"] = guardrails.PUBLISHED[row["task"]].get(row["model"])
+pd.DataFrame(guarded) if guarded else "not run: eval.guardrails is off"
 
 # %% [markdown]
 # ## Write it down
@@ -251,10 +325,11 @@ pd.DataFrame(
 # %%
 origin = {"config_digest": config.digest(), "commit": runtime.commit(), "data": config.eval.prompts}
 origin |= {"hardware": runtime.hardware(), "label": config.label}
-results = {"metrics": metrics, "comparison": comparison, "taught_types": on_taught, **origin}
+results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
+results |= {"sensitivity": seen, "guardrails": guarded, "published": published, **origin}
 
 with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
-    for (name, how), answers in grid.items():
+    for (name, how), answers in answered.items():
         keyed = [{"key": p["key"], "prompt": p["prompt"]} for p in prompts]
         keyed = [asked | answer for asked, answer in zip(keyed, answers, strict=True)]
         artifacts.write_jsonl(folder / "responses" / f"{name}-{how}.jsonl", keyed)
@@ -263,20 +338,21 @@ with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
 
 # %%
-scores = {row["model"]: row["prompt_level_strict_acc"] for row in metrics if row["format"] == form}
-pairs = comparison[form]
+scores = {(row["model"], row["format"]): row["prompt_level_strict_acc"] for row in metrics}
 headline.update(
     Markdown(
-        f"**Prompt-level strict accuracy ({form}): base {scores['base']:.3f}, SFT "
-        f"{scores['SFT']:.3f} on {len(prompts)} prompts; {pairs['only_b']} won, "
-        f"{pairs['only_a']} lost, p = {pairs['mcnemar_p']:.2g}.** {config.label}"
+        f"**{primary['comparison']}: {primary['verdict']}.** Prompt-level strict accuracy "
+        f"{scores[a]:.3f} to {scores[b]:.3f} on {len(prompts)} prompts, "
+        f"{statistics.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
+        f"p = {primary['p_adjusted']:.2g}. {config.label}"
     )
 )
 
 # %% [markdown]
 # ## Summary
 #
-# The same prompts, the same checkers, two models, two formats, and a paired test in the end.
+# The same prompts, the same checkers, every model in two formats, and a paired test whose rule was
+# fixed before the answers were read.
 #
 # **What did not work:** reading a table of two averages. The published difference between base and
 # SFT for this recipe, taken raw, is two prompts of 541, from which nothing can be concluded.

@@ -180,7 +180,7 @@ def test_a_key_that_only_one_side_has_is_named(config, tmp_path):
 
 def test_what_does_not_concern_the_stage_does_not_matter(config, tmp_path):
     folder = finish(FIRST, config, tmp_path)
-    other = {"eval.limit": 3, "lora.r": 4, "run.eval_batch_size": 1}
+    other = {"eval.limit": 3, "lora.r": 4, "run.eval_slots": 1}
     artifacts.check(folder, configuration.load("sft_qwen05b", "", other))
 
 

@@ -61,18 +61,18 @@ def layers(tmp_path, monkeypatch) -> Path:
 def test_each_layer_wins_over_the_one_below(layers):
     base = yaml.safe_load((layers / "base.yaml").read_text("utf-8"))
     base |= {"seed": 1, "label": "base"}
-    base["run"] |= {"eval_batch_size": 1, "wandb_project": "base"}
+    base["run"] |= {"eval_slots": 1, "wandb_project": "base"}
     (layers / "base.yaml").write_text(yaml.safe_dump(base), "utf-8")
     with (layers / f"{RECIPE}.yaml").open("a", encoding="utf-8") as file:
-        file.write("\nlabel: recipe\nrun: {eval_batch_size: 2, wandb_project: recipe}\n")
-    (layers / "over.yaml").write_text("run: {eval_batch_size: 3}\nlabel: over\n", "utf-8")
+        file.write("\nlabel: recipe\nrun: {eval_slots: 2, wandb_project: recipe}\n")
+    (layers / "over.yaml").write_text("run: {eval_slots: 3}\nlabel: over\n", "utf-8")
     bare = configuration.load(RECIPE)
     overlaid = configuration.load(RECIPE, "over")
-    set_on_top = configuration.load(RECIPE, "over", {"run.eval_batch_size": 4})
-    assert (bare.seed, bare.label, bare.run.eval_batch_size) == (1, "recipe", 2)
-    assert (overlaid.seed, overlaid.label, overlaid.run.eval_batch_size) == (1, "over", 3)
+    set_on_top = configuration.load(RECIPE, "over", {"run.eval_slots": 4})
+    assert (bare.seed, bare.label, bare.run.eval_slots) == (1, "recipe", 2)
+    assert (overlaid.seed, overlaid.label, overlaid.run.eval_slots) == (1, "over", 3)
     assert overlaid.run.wandb_project == "recipe"  # a section is merged, not replaced
-    assert (set_on_top.label, set_on_top.run.eval_batch_size) == ("over", 4)
+    assert (set_on_top.label, set_on_top.run.eval_slots) == ("over", 4)
 
 
 def test_a_typo_in_a_layer_file_is_refused(layers):
@@ -460,7 +460,7 @@ def test_what_only_04_reads_does_not_ask_for_training_again(key):
     ("key", "value"),
     [
         ("run.require_gpu", False),
-        ("run.eval_batch_size", 7),
+        ("run.eval_slots", 7),
         ("run.wandb_project", "other"),
         ("train.report_to", "none"),
         ("train.disable_tqdm", True),

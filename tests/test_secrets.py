@@ -20,7 +20,13 @@ def train(hub, out: Path, home: Path, **more) -> subprocess.CompletedProcess:
     """Notebook 03 with both secrets in its environment."""
     given = [a for k, v in (GIVEN | more).items() for a in ("--set", f"{k}={json.dumps(v)}")]
     secrets = {"HF_TOKEN": SECRETS[0], "WANDB_API_KEY": SECRETS[1], "WANDB_MODE": "offline"}
-    places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
+    places = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+        "NO_PROXY": "*",
+        "no_proxy": "*",
+    }
     return subprocess.run(
         [sys.executable, "-m", "tools.run", "--overlay", "offline", "--out", str(out), *given,
          "01_data_prep", "02_template_audit", "03_sft_train"],
