@@ -43,6 +43,7 @@ notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sourc
 bench: .venv/dev.stamp  ## speed and memory, as ratios in one run each; JSON into results/
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json
 	@$(BIN)/python -m benchmarks.train --json results/bench_train.json
+	@$(BIN)/python -m benchmarks.eval --json results/bench_eval.json
 
 clean:                  ## forget runs and builds, keep the environment
 	rm -rf runs build

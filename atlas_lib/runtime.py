@@ -128,7 +128,7 @@ def gpu_count() -> int:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return 0
-    return listed.stdout.count("GPU ")
+    return len(listed.stdout.splitlines())
 
 
 def device(config: Any) -> Device:

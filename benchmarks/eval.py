@@ -13,6 +13,7 @@ Qwen2.5-0.5B's proportions with a thirtieth of its parameters. On a GPU: its tru
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -114,6 +115,7 @@ def stopping_model(prompts: list[list[int]], lengths: list[int], device: Any) ->
     torch.manual_seed(0)
     config = Qwen2Config(max_position_embeddings=32_768, tie_word_embeddings=True, **shape)
     model = StoppingQwen2(config).to(device.name, getattr(torch, device.dtype)).eval()
+    model.prompts, model.lengths = prompts, lengths
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=[STOP, 0], pad_token_id=0, max_new_tokens=None
     )
@@ -150,21 +152,39 @@ def with_atlas(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list
     return tokenizer([answer["response"] for answer in answers])["input_ids"]
 
 
+def with_vllm(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list[list[int]]:
+    """Plain weights, each row as long as the others'; its tokens differ. Not run yet."""
+    import vllm
+
+    prompts = tokenizer(texts)["input_ids"]
+    wanted = dict(zip(map(tuple, model.prompts), model.lengths, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        llm = vllm.LLM(model=folder, skip_tokenizer_init=True, max_num_seqs=slots, dtype="half")
+    options = [
+        vllm.SamplingParams(
+            temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=wanted[tuple(ids)]
+        )
+        for ids in prompts
+    ]
+    found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], options)
+    return [list(output.outputs[0].token_ids) for output in found]
+
+
 ENGINES = {
     "lm_eval": with_lm_eval,
     "continuous_batching": with_continuous_batching,
     "atlas": with_atlas,
+    "vllm": with_vllm,
 }
 
 
 def measure(engine: str, slots: int, n: int) -> dict:
-    """One engine's speed, memory and tokens, after a warm-up of a few short rows."""
-    from types import SimpleNamespace
-
+    """One engine's speed, memory and tokens, after a warm-up with four short rows."""
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = SimpleNamespace(name=kind, dtype="float16" if kind == "cuda" else "float32")
+    device = runtime.Device(kind, "float16" if kind == "cuda" else "float32", "")
     prompts, lengths = drawn(n)
     tokenizer = tokenizer_for(n)
     model = stopping_model(prompts, lengths, device)
@@ -178,25 +198,28 @@ def measure(engine: str, slots: int, n: int) -> dict:
     rows = ENGINES[engine](model, tokenizer, texts, slots)
     seconds = train.now(device) - started
     _, peak = train.in_use(device)
-    steps = [p for p in model.passes if not p[1]]
-    prefill, decode = (sum(p[0] for p in model.passes if p[1] == new) for new in (True, False))
-    useful = sum(map(len, rows))
     return {
         "engine": engine,
         "slots": slots,
-        "useful_tokens_per_second": useful / seconds,
-        "seconds": {
-            "all": seconds, "prefill": prefill, "decode": decode,
-            "rest": seconds - prefill - decode,
-        },
-        "steps": len(steps),
-        "useful_share_of_slots": sum(p[3] for p in steps) / (slots * len(steps)),
+        "useful_tokens_per_second": sum(map(len, rows)) / seconds,
+        **phases(model.passes, seconds, slots),
         "peak_mib": peak / train.MIB,
         "peak_over_model_mib": (peak - before) / train.MIB,
         "parameters": model.num_parameters(),
-        "rows_of_the_wrong_length": sum(len(r) != k for r, k in zip(rows, lengths, strict=True)),
+        "rows_of_another_length": sum(len(r) != k for r, k in zip(rows, lengths, strict=True)),
         "rows": rows,
-    }  # fmt: skip
+    }
+
+
+def phases(passes: list[tuple], seconds: float, slots: int) -> dict:
+    """Where the time went. A pass that mixes prompts and rows in progress counts as prefill."""
+    prefill, decode = ([p for p in passes if p[1] == new] for new in (True, False))
+    spent = {"prefill": sum(p[0] for p in prefill), "decode": sum(p[0] for p in decode)}
+    return {
+        "seconds": {"all": seconds, **spent, "rest": seconds - sum(spent.values())},
+        "passes": {"prefill": len(prefill), "decode": len(decode)},
+        "useful_share_of_slots": sum(p[3] for p in decode) / (slots * max(1, len(decode))),
+    }
 
 
 def in_a_process(engine: str, slots: int, n: int) -> dict:
@@ -219,12 +242,42 @@ def main() -> None:
         engine, slots = args.only
         artifacts.write_json(args.json, measure(engine, int(slots), args.prompts))
         return
-    prompts, lengths = drawn(args.prompts)
+    if importlib.util.find_spec("vllm"):
+        RUNS.append(("vllm", 128))
     results = []
     for engine, slots in RUNS:
         results.append(in_a_process(engine, slots, args.prompts))
-        shown = {k: v for k, v in results[-1].items() if k != "rows"}
+        shown = {key: value for key, value in results[-1].items() if key != "rows"}
         print(json.dumps(shown), flush=True)
+    result = summary(results, args.prompts)
+    print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1))
+    if args.json:
+        artifacts.write_json(args.json, result)
+
+
+def summary(results: list[dict], n: int) -> dict:
+    """Ratios of our fastest row to each engine's fastest, and whether all chose the same tokens."""
+    rows = [result.pop("rows") for result in results]
+    for result, found in zip(results, rows, strict=True):
+        result["rows_as_first_run"] = sum(a == b for a, b in zip(found, rows[0], strict=True))
+    speed = {}
+    for result in results:
+        engine, found = result["engine"], result["useful_tokens_per_second"]
+        speed[engine] = max(found, speed.get(engine, 0))
+    prompts, lengths = drawn(n)
+    return {
+        "prompts": n,
+        "prompt_tokens": {"median": statistics.median(map(len, prompts))},
+        "answer_tokens": {
+            "sum": sum(lengths),
+            "median": statistics.median(lengths),
+            "mean": statistics.mean(lengths),
+            "at_cap": sum(length == CAP for length in lengths),
+        },
+        "atlas_over": {e: speed["atlas"] / s for e, s in speed.items() if e != "atlas"},
+        "runs": results,
+        **runtime.provenance(),
+    }
 
 
 if __name__ == "__main__":

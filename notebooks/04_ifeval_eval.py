@@ -102,10 +102,10 @@ for answer in ("", "Yes, of course, here it is."):
 
 # %%
 alpha, margin = config.eval.alpha, config.eval.clear_margin
-print(f"p < {alpha:g} and at least {math.ceil(margin * len(prompts))} more wins than losses")
-print(f"  ({margin:.1%} of {len(prompts)} prompts): 'clear margin'")
-print("fewer wins than that: 'better, but small'; more losses than wins: 'worse'")
-print("anything else: 'not distinguishable'")
+print(f"p >= {alpha:g}: 'not distinguishable'; otherwise")
+print(f"  at least {math.ceil(margin * len(prompts))} more wins than losses: 'clear margin'")
+print(f"  ({margin:.1%} of the {len(prompts)} prompts), fewer: 'better, but small'")
+print("  more losses than wins: 'worse'")
 for discordant in (20, 40, 60, 100):
     wins = int(statistics.wins_needed(discordant, alpha))
     print(f"of {discordant} prompts on which two models differ, {wins} wins are significant")

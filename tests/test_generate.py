@@ -114,6 +114,14 @@ def test_an_adapter_answers_alike_attached_and_merged(
     assert expected != reference(form)
 
 
+def test_a_model_in_4_bit_answers_alike(config, loaded, prompts, adapter):
+    tokenizer = loaded[1]
+    base = model.load_weights("base", config, DEVICE, in_4bit=True)
+    attached = model.attach_adapter(base, adapter)
+    expected = [plainly(attached, tokenizer, text, "raw", 12) for text in prompts[:12]]
+    assert generate.generate(attached, tokenizer, prompts[:12], "raw", 12, 5) == expected
+
+
 def test_the_cache_grows_and_moves_without_a_trace(loaded, prompts, reference, monkeypatch):
     monkeypatch.setattr(generate, "COLUMNS", 5)
     monkeypatch.setattr(generate, "PREFILL_TOKENS", 200)
@@ -158,7 +166,7 @@ def test_answers_are_handed_over_once_as_they_finish(loaded, prompts, reference)
 
 def test_a_models_own_sampling_defaults_are_not_used(loaded):
     base, tokenizer = loaded
-    before = generate.generate(base, tokenizer, PROMPTS, "chat", 12, 4)
+    before = generate.generate(base, tokenizer, PROMPTS, "chat", 12)
     base.generation_config.repetition_penalty = 5.0
     base.generation_config.do_sample = True
     assert generate.generate(base, tokenizer, PROMPTS, "chat", 12, 4) == before
