@@ -80,6 +80,7 @@ def decode(
     """
     import torch
 
+    _check_attention(model.config)
     todo = dict(enumerate(encoded))
     slots = slots or fitting_slots(model, max(map(len, encoded)) + cap)
     while todo:
@@ -95,6 +96,16 @@ def decode(
         slots //= 2
         torch.cuda.empty_cache()
         print(f"out of memory: going on with {slots} slots, {len(todo)} prompts left", flush=True)
+
+
+def _check_attention(shape: Any) -> None:
+    """Raises ValueError where our mask would be misread: it holds booleans and no windows."""
+    kinds = {shape._attn_implementation, *(getattr(shape, "layer_types", None) or [])}
+    if other := kinds - {"sdpa", "full_attention"}:
+        raise ValueError(
+            f"Slots cannot decode {', '.join(sorted(other))} attention: load the model with "
+            "attn_implementation='sdpa', and one whose layers see all tokens."
+        )
 
 
 def fitting_slots(model: Any, longest: int) -> int:

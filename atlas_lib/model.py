@@ -10,6 +10,7 @@ from atlas_lib.template import END_OF_TURN
 
 END_OF_TEXT = "<|endoftext|>"
 QWEN_STOP_IDS = [151645, 151643]
+CPU_LOSS_TILE = (256, 4096)  # positions x words whose logits are held at a time: 4 MiB
 
 
 def load_tokenizer(config: Any) -> Any:
@@ -143,16 +144,19 @@ def keep_adapter_in_float32(model: Any) -> None:
         parameter.data = parameter.data.to(torch.float32)
 
 
-def score_supervised_positions_only(device: Any) -> None:
-    """Let TRL's loss skip unsupervised positions on a CPU, as it does by itself on a GPU.
+def fit_loss_to_cpu(device: Any) -> None:
+    """Let TRL's loss skip unsupervised positions on a CPU, and work in tiles that malloc keeps.
 
-    It scores them all elsewhere, to keep shapes the same for compilers that we do not use, and
-    throws the result away: the loss is the same, the time is not (benchmarks/train.py).
+    Off a GPU TRL scores every position, to keep shapes the same for compilers that we do not use,
+    and throws the surplus away; its tiles of half a GiB are mapped and cleared anew each time. The
+    loss is the same, the time is not (benchmarks/train.py).
     """
+    from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    if device.name == "cpu" and hasattr(utils, "_use_triton"):
+    if device.name == "cpu":
         utils._use_triton = lambda device: True
+        chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_LOSS_TILE
 
 
 def save_adapter(

@@ -2,14 +2,15 @@
 
     python -m benchmarks.eval [--prompts 256] [--json results/bench_eval.json]
 
-Against lm-eval's own HF generation at batch 16, and transformers' continuous batching. Prompts have
-the lengths of IFEval's in Qwen2.5's chat format (29 tokens and a log-normal with median 41), answers
-a log-normal with median 250, capped at 1280. Weights are random, so nothing would stop by itself:
-the model ends every row at the length drawn for it, which it knows by the class of the last token
-(its id modulo the number of prompts, kept from the prompt on) and by the position, and so in every
-engine alike; which of a class's tokens comes next is up to the weights. On a CPU: a Qwen2 of
-Qwen2.5-0.5B's proportions with a thirtieth of its parameters. On a GPU: its true shape, 541 prompts
-(written, not run yet). Each engine runs in a process of its own. Leave the machine alone meanwhile.
+Against lm-eval's own HF generation at batch 16, and transformers' continuous batching. Prompts are
+as long as IFEval's in Qwen2.5's chat format (29 tokens and a log-normal with median 41), answers
+log-normal with median 250, capped at 1280. Weights are random, so nothing would stop by itself: the
+model ends every row at the length drawn for it. It knows the row by the class of the last token
+(its id modulo the number of prompts, kept from the prompt on) and the length by the position, so
+it does in every engine alike; which of a class's 16 tokens comes next is up to the weights. On a
+CPU: Qwen2.5-0.5B's proportions with a thirtieth of its parameters. On a GPU: its true shape
+(written, not run yet). Each engine runs in a process of its own; a ratio is between the fastest
+rows. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -94,9 +95,9 @@ def stopping_model(prompts: list[list[int]], lengths: list[int], device: Any) ->
     ends = [len(p) + length - 1 for p, length in zip(prompts, lengths, strict=True)]
     ends = torch.tensor(ends, device=device.name)
 
-    class StoppingQwen2(Qwen2ForCausalLM):
-        passes = []  # seconds, whether a prompt came in, rows, rows that still had to go on
+    passes = []  # seconds, whether a prompt came in, rows, rows that still had to go on
 
+    class StoppingQwen2(Qwen2ForCausalLM):
         def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **inputs):
             started = train.now(device)
             few = isinstance(logits_to_keep, int)
@@ -109,13 +110,13 @@ def stopping_model(prompts: list[list[int]], lengths: list[int], device: Any) ->
             output.logits[..., STOP].masked_fill_(position >= ends[row], math.inf)
             alive = int((position < ends[row]).sum())
             seconds = train.now(device) - started
-            self.passes.append((seconds, input_ids.numel() > row.numel(), row.numel(), alive))
+            passes.append((seconds, input_ids.numel() > row.numel(), row.numel(), alive))
             return output
 
     torch.manual_seed(0)
     config = Qwen2Config(max_position_embeddings=32_768, tie_word_embeddings=True, **shape)
     model = StoppingQwen2(config).to(device.name, getattr(torch, device.dtype)).eval()
-    model.prompts, model.lengths = prompts, lengths
+    model.prompts, model.lengths, model.passes = prompts, lengths, passes
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=[STOP, 0], pad_token_id=0, max_new_tokens=None
     )
@@ -137,12 +138,15 @@ def with_continuous_batching(
 ) -> list[list[int]]:
     from transformers import ContinuousBatchingConfig
 
-    options = ContinuousBatchingConfig(max_requests_per_batch=slots, auto_switch_to_flash=False)
-    found = model.generate_batch(
-        tokenizer(texts)["input_ids"],
-        continuous_batching_config=options,
-        max_new_tokens=CAP,
+    prompts = tokenizer(texts)["input_ids"]
+    pages = math.ceil((max(map(len, prompts)) + CAP) / 256)
+    options = ContinuousBatchingConfig(  # by itself it would take, and clear, most of the memory
+        max_requests_per_batch=slots,
+        num_blocks=slots * pages,
+        max_batch_tokens=256,
+        auto_switch_to_flash=False,
     )
+    found = model.generate_batch(prompts, None, options, max_new_tokens=CAP)
     cut = [itertools.takewhile(lambda i: i != STOP, f.generated_tokens) for f in found.values()]
     return [list(ids) for ids in cut]
 

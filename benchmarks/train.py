@@ -36,7 +36,6 @@ SHAPES = {  # intermediate is about 4.75 times hidden in the small one too; head
     "cuda": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
     | {"num_attention_heads": 14, "num_key_value_heads": 2},
 }
-TRL_TILE, CPU_TILE = (4096, 32768), (256, 4096)  # positions x words that the loss scores at a time
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -173,7 +172,7 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            Measured.ends.append(now(device))
+            Measured.ends.append((now(device), others_seconds()))
 
         on_step_end = on_train_begin
 
@@ -199,14 +198,14 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
 
 
 def choose_loss(row: Row, device: Any) -> None:
-    """Set TRL's loss as the row wants it; a GPU's own tiles are left alone."""
+    """Set TRL's loss as the row wants it; on a GPU it is left alone."""
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
     if row.supervised_only:
-        model.score_supervised_positions_only(device)
-    tile = CPU_TILE if row.small_tiles and device.name == "cpu" else TRL_TILE
-    chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
+        model.fit_loss_to_cpu(device)
+    elif row.small_tiles and device.name == "cpu":
+        chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = model.CPU_LOSS_TILE
 
 
 def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
@@ -220,14 +219,13 @@ def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
         trainer = trainer_for(row, config, device, steps, scratch)
         forget_peak(device)
         before, _ = in_use(device)
-        theirs = -others_seconds()
         trainer.train()
-        theirs += others_seconds()
         _, peak = in_use(device)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if compare_losses:
         return {"losses": losses}
-    seconds = [end - start for start, end in pairwise(trainer.ends)]
+    ends, others = zip(*trainer.ends, strict=True)
+    seconds = [end - start for start, end in pairwise(ends)]
     counts = torch.stack(trainer.counts).view(steps, -1, 4).sum(1).tolist()
     steady = list(zip(seconds, counts, strict=True))[1:]
     fed, real, supervised = (sum(c[k] for c in counts) for k in range(3))
@@ -239,7 +237,7 @@ def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
         "supervised_tokens_per_second": statistics.median(c[2] / s for s, c in steady),
         "step_seconds": statistics.median(s for s, _ in steady),
         "seconds": seconds,
-        "others_share": theirs / sum(seconds) / os.cpu_count(),
+        "others_share": (others[-1] - others[1]) / (ends[-1] - ends[1]) / os.cpu_count(),
         "peak_over_model_mib": (peak - before) / MIB,
         "peak_mib": peak / MIB,
         "fed_over_real": fed / real,

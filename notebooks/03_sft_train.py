@@ -182,7 +182,7 @@ trainer = SFTTrainer(
     callbacks=[callbacks.ProgressLines(), callbacks.LossGuard(), checkpoints],
 )
 trainer.remove_callback(PrinterCallback)  # ours says how much time is left
-model.score_supervised_positions_only(device)
+model.fit_loss_to_cpu(device)
 model.keep_adapter_in_float32(trainer.model)
 trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
 assert trained_types == {"torch.float32"}, trained_types

@@ -133,6 +133,28 @@ def test_what_an_earlier_row_left_in_its_slot_is_not_seen(loaded, prompts, refer
     assert generate.generate(*loaded, prompts, "chat", CAP, 2) == reference("chat")
 
 
+def test_there_is_always_a_mask_and_no_query_without_a_column(loaded, prompts):
+    """Without one a T4 takes sdpa's slow path; a softmax over nothing may be NaN on a GPU."""
+    masks = []
+    hook = loaded[0].register_forward_pre_hook(
+        lambda module, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
+    )
+    generate.generate(*loaded, prompts[:9], "raw", 5, 4)
+    hook.remove()
+    assert {mask.shape[2] == 1 for mask in masks} == {True, False}  # decoding and new prompts
+    assert all(mask.dim() == 4 and mask.any(-1).all() for mask in masks)
+
+
+@pytest.mark.parametrize(
+    "change", [{"_attn_implementation": "eager"}, {"layer_types": ["sliding_attention"] * 2}]
+)
+def test_attention_that_would_misread_the_mask_is_refused(loaded, monkeypatch, change):
+    [(name, value)] = change.items()
+    monkeypatch.setattr(loaded[0].config, name, value)
+    with pytest.raises(ValueError, match=r"Slots cannot decode (eager|sliding_attention)"):
+        generate.generate(*loaded, PROMPTS, "raw", 4, 2)
+
+
 @pytest.mark.parametrize("cap", [1, 2])
 def test_rows_end_at_the_first_tokens(loaded, prompts, cap):
     base, tokenizer = loaded

@@ -131,7 +131,8 @@ def test_a_reloaded_adapter_differs_by_nothing_and_another_one_by_a_lot(saved, t
     assert model.logits_difference(adapted, fresh, list(range(12)), CPU) > 1e-2
 
 
-def test_skipping_unsupervised_positions_leaves_the_loss_as_it_is(tiny_config, monkeypatch):
+def test_fitting_the_loss_to_a_cpu_leaves_it_as_it_is(tiny_config, monkeypatch):
+    from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
     base = model.load_weights("base", tiny_config, CPU, in_4bit=False)
@@ -144,9 +145,15 @@ def test_skipping_unsupervised_positions_leaves_the_loss_as_it_is(tiny_config, m
     monkeypatch.setattr(
         utils._ChunkedLogProbFunction, "apply", lambda h, *a: scored.append(len(h)) or whole(h, *a)
     )
-    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # put back afterwards
+    for module, name in (  # put back afterwards
+        (utils, "_use_triton"),
+        (utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"),
+        (chunked_logprob, "TOKEN_CHUNK_SIZE"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
     losses = [base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item()]
-    model.score_supervised_positions_only(CPU)
+    monkeypatch.setattr(model, "CPU_LOSS_TILE", (4, 100))  # several tiles of this small model
+    model.fit_loss_to_cpu(CPU)
     losses.append(base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item())
     assert scored == [39, 10]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
