@@ -158,9 +158,9 @@ def test_any_numeric_override_round_trips(data):
     key = data.draw(st.sampled_from(sorted(NUMERIC)))
     number = st.integers(1, 10**9)
     if NUMERIC[key] is float:
-        number = st.floats(0, 1e12, allow_nan=False) | number
-    if key == "lora.lora_dropout":
-        number = st.floats(0, 1)
+        number = st.floats(1e-6, 1e12, allow_nan=False) | number
+    if key in ("lora.lora_dropout", "eval.alpha", "eval.clear_margin"):
+        number = st.floats(1e-6, 0.999)
     value = data.draw(number)
     for spelled in (
         {key: value},
