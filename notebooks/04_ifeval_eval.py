@@ -215,9 +215,9 @@ for position, row in enumerate(upwards):
     axes.plot(row["difference_points"], position, "o", color=color)
 axes.axvline(0, color="#8c8c8c", linewidth=0.8)
 axes.set_yticks(range(len(compared)), [row["comparison"] for row in upwards])
-axes.set(xlabel="difference in points, 95 % interval")
+axes.set(xlabel=f"difference in points, 95 % interval\n{config.label}")
+axes.set(ylim=(-0.6, len(compared) - 0.4))
 axes.set_title(f"{primary['comparison']}: {primary['verdict']}")
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
 plt.show()
 
 # %% [markdown]
