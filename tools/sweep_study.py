@@ -1,0 +1,277 @@
+"""The study of a sweep in Optuna's storage, and who works on which trial.
+
+A trial is one point of the space with all of its seeds. Whoever works on it holds its lease: a lock
+that ends with the process, however that ends. A running trial whose lease is free has lost its
+worker; the next one adopts that very trial, so that no point is ever tried or counted twice.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from atlas_lib import sweep as sweeps
+from atlas_lib.sweep import Sweep
+
+MOST_DEATHS = 3  # of a trial's workers: what kills every worker would otherwise never end
+ASK = -1  # the lock beside the trials' numbers that makes asking one worker's business at a time
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, wait: bool = True) -> Iterator[Any]:
+    """The locked file, or None if another process holds it and `wait` is false.
+
+    A child that is given the file's descriptor keeps the lock if this process is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
+
+
+class JournalLock(BaseJournalFileLock):
+    """Optuna's own lock stalls everybody for 30 s when its holder is killed; this one ends with it."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal, self.held = journal, contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        self.held.enter_context(file_lock(self.journal.with_suffix(".lock")))
+        _cut_torn_line(self.journal)
+        return True
+
+    def release(self) -> None:
+        self.held.close()
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Remove what a machine that went down left of a half-written last line."""
+    with journal.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end or (file.seek(end - 1), file.read(1))[1] == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def open_storage(url: str, folder: Path) -> optuna.storages.BaseStorage:
+    """The journal file in `folder`, or PostgreSQL by URL. Raises ValueError or ConnectionError."""
+    if not url:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = folder / "journal.log"
+        backend = JournalFileBackend(str(journal), lock_obj=JournalLock(journal))
+        return optuna.storages.JournalStorage(backend)
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise ValueError(
+            f"--storage is {scheme!r}; give a postgresql:// URL, or nothing for a file."
+        )
+    import sqlalchemy.exc
+
+    try:  # a connection that the server dropped is noticed and opened anew
+        return optuna.storages.RDBStorage(
+            f"postgresql+psycopg://{rest}", engine_kwargs={"pool_pre_ping": True}
+        )
+    except sqlalchemy.exc.OperationalError as error:
+        reason = " ".join(str(error.orig).split())
+        raise ConnectionError(f"PostgreSQL does not answer ({reason}); check --storage.") from None
+
+
+def locks(storage: Any, study: optuna.Study, folder: Path) -> Callable:
+    """`held(number, wait)`: a context with a file if this process holds lock `number`, else None.
+
+    Local processes exclude each other by files. With PostgreSQL, machines do by advisory locks too.
+    """
+
+    def on_this_machine(number: int, wait: bool = False) -> Any:
+        return file_lock(folder / "leases" / f"{'ask' if number == ASK else number}.lock", wait)
+
+    if not isinstance(storage, optuna.storages.RDBStorage):
+        return on_this_machine
+
+    @contextlib.contextmanager
+    def everywhere(number: int, wait: bool = False) -> Iterator[Any]:
+        with on_this_machine(number, wait) as file, contextlib.ExitStack() as stack:
+            held = file and stack.enter_context(
+                _advisory_lock(storage.engine, study._study_id, number, wait)
+            )
+            yield file if held else None
+
+    return everywhere
+
+
+@contextlib.contextmanager
+def _advisory_lock(engine: Any, study_id: int, number: int, wait: bool) -> Iterator[bool]:
+    """PostgreSQL's lock of a session: the server frees it when this process or machine is gone."""
+    import sqlalchemy
+
+    function = "pg_advisory_lock" if wait else "pg_try_advisory_lock"
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for name, value in {"idle": 30, "interval": 10, "count": 3}.items():
+            connection.execute(sqlalchemy.text(f"SET tcp_keepalives_{name} = {value}"))
+        got = connection.execute(
+            sqlalchemy.text(f"SELECT {function}(:study, :number)"),
+            {"study": study_id, "number": number},
+        ).scalar()
+        try:
+            yield got is not False  # the waiting one returns nothing
+        finally:
+            connection.invalidate()  # closes the session, and the lock with it
+
+
+def create(name: str, sweep: Sweep, storage: Any, fingerprint: str) -> optuna.Study:
+    """The study `name`, created if absent. Raises ValueError if it is of another sweep."""
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        direction=sweep.objective.direction,
+        load_if_exists=True,
+    )
+    given, there = sweep.model_dump(mode="json"), study.user_attrs.get("sweep")
+    for key in sorted(given.keys() - {"budget", "workers"}) if there else []:
+        if given[key] != there.get(key):
+            raise ValueError(
+                f"Study {name!r} was made with another {key} ({json.dumps(there.get(key))}); "
+                "choose another --study, or delete its folder."
+            )
+    if given != there:  # a larger budget continues the same sweep
+        study.set_user_attr("sweep", given)
+    if "fingerprint" not in study.user_attrs:
+        study.set_user_attr("fingerprint", fingerprint)
+    return study
+
+
+def join(name: str, storage: Any) -> tuple[optuna.Study, Sweep]:
+    """A study that is there, and its sweep. Raises ValueError."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+        given = study.user_attrs["sweep"]
+    except KeyError:
+        known = ", ".join(sorted(s.study_name for s in optuna.get_all_study_summaries(storage)))
+        raise ValueError(f"No study {name!r} in this storage; there are: {known or 'none'}.") from None
+    return study, Sweep.model_validate(given)
+
+
+def sampler(sweep: Sweep, asked: int) -> optuna.samplers.BaseSampler:
+    """Asks are one after another, so a TPE seeded by their count never repeats another worker's."""
+    if sweep.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=asked, multivariate=True, constant_liar=True)
+    space = {key: [sweeps.encode(v) for v in values] for key, values in sweep.space.items()}
+    return optuna.samplers.GridSampler(space, seed=0)
+
+
+def suggest(trial: Trial, sweep: Sweep) -> dict[str, Any]:
+    """The trial's parameters as stored; those that it already has stay."""
+    return {
+        key: trial.suggest_categorical(key, [sweeps.encode(v) for v in values])
+        if isinstance(values, list)
+        else trial.suggest_float(key, *values["log_uniform"], log=True)
+        for key, values in sweep.space.items()
+    }
+
+
+def retried(trials: list[FrozenTrial]) -> set[int]:
+    """Failed trials that a later one repeats: they count no more."""
+    return {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
+
+
+def retry_failed(study: optuna.Study, held: Callable) -> int:
+    """Queue every failed point once more; how many."""
+    with held(ASK, wait=True):
+        trials = study.get_trials(deepcopy=False)
+        again = [t for t in trials if t.state == TrialState.FAIL and t.number not in retried(trials)]
+        for trial in again:
+            study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+    return len(again)
+
+
+def why_nothing_to_ask(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
+    """The budget, or too many failures in a row; None while there is more to try."""
+    counted = [t for t in trials if t.number not in retried(trials)]
+    ended = sorted((t for t in counted if t.state.is_finished()), key=lambda t: t.datetime_complete)
+    most = sweep.budget.consecutive_failures
+    if len(ended) >= most and all(t.state == TrialState.FAIL for t in ended[-most:]):
+        reason = ended[-1].user_attrs.get("error", "unknown")
+        return f"{most} trials failed one after another, the last one because: {reason}"
+    if any(t.state == TrialState.WAITING for t in trials):
+        return None
+    spent = sum(spent_hours(t) for t in trials)
+    if sweep.budget.hours and spent >= sweep.budget.hours:
+        return f"the budget of {sweep.budget.hours:g} device hours is spent"
+    return "every trial is taken" if len(counted) >= sweeps.n_trials(sweep) else None
+
+
+def spent_hours(trial: FrozenTrial) -> float:
+    runs = [value for key, value in trial.user_attrs.items() if key.startswith("seed ")]
+    return sum(run["seconds"] for run in runs) / 3600
+
+
+def claim(study: optuna.Study, sweep: Sweep, held: Callable) -> tuple[Any, Any, str | None]:
+    """(trial, its lease as an open context, None), or (None, None, why there is none).
+
+    A trial that lost its worker comes first. No reason means: others are at work, ask again later.
+    """
+    with held(ASK, wait=True):
+        trials = study.get_trials(deepcopy=False)
+        for frozen in (t for t in trials if t.state == TrialState.RUNNING):
+            lease = contextlib.ExitStack()
+            if lease.enter_context(held(frozen.number)) and (trial := _adopt(study, sweep, frozen)):
+                return trial, lease, None
+            lease.close()
+        trials = study.get_trials(deepcopy=False)
+        if reason := why_nothing_to_ask(sweep, trials):
+            at_work = any(t.state == TrialState.RUNNING for t in trials)
+            return None, None, None if at_work else reason
+        study.sampler = sampler(sweep, len(trials))
+        trial, lease = study.ask(), contextlib.ExitStack()
+        if not lease.enter_context(held(trial.number)):
+            lease.close()
+            raise RuntimeError(f"Trial {trial.number} is new and yet somebody's: two studies, one folder?")
+        suggest(trial, sweep)
+        return trial, lease, None
+
+
+def _adopt(study: optuna.Study, sweep: Sweep, frozen: FrozenTrial) -> Trial | None:
+    """The running trial whose worker is gone, unless it ended meanwhile or has cost too many."""
+    storage, trial_id = study._storage, frozen._trial_id
+    now = storage.get_trial(trial_id)
+    if now.state != TrialState.RUNNING:
+        return None
+    deaths = now.user_attrs.get("deaths", 0) + 1
+    storage.set_trial_user_attr(trial_id, "deaths", deaths)
+    if deaths > MOST_DEATHS:
+        fail(study, trial_id, f"its worker died {deaths} times; the last lines of its log say why")
+        return None
+    study.sampler = sampler(sweep, frozen.number)
+    trial = Trial(study, trial_id)
+    suggest(trial, sweep)
+    return trial
+
+
+def fail(study: optuna.Study, trial_id: int, reason: str) -> None:
+    """Record a failed trial with its error."""
+    study._storage.set_trial_user_attr(trial_id, "error", reason)
+    study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+def complete(study: optuna.Study, trial: Trial, value: float) -> bool:
+    """Record the value; false if another worker has ended this trial in the meantime."""
+    try:
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [value])
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return False
+    return True
