@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
 
-MOST_DEATHS = 3  # of a trial's workers: what kills every worker would otherwise never end
+MOST_DEATHS = 5  # of a trial's workers: what kills every worker would otherwise never end
 ASK = -1  # the lock beside the trials' numbers that makes asking one worker's business at a time
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -162,7 +162,9 @@ def join(name: str, storage: Any) -> tuple[optuna.Study, Sweep]:
         given = study.user_attrs["sweep"]
     except KeyError:
         known = ", ".join(sorted(s.study_name for s in optuna.get_all_study_summaries(storage)))
-        raise ValueError(f"No study {name!r} in this storage; there are: {known or 'none'}.") from None
+        raise ValueError(
+            f"No study {name!r} in this storage; there are: {known or 'none'}."
+        ) from None
     return study, Sweep.model_validate(given)
 
 
@@ -193,7 +195,9 @@ def retry_failed(study: optuna.Study, held: Callable) -> int:
     """Queue every failed point once more; how many."""
     with held(ASK, wait=True):
         trials = study.get_trials(deepcopy=False)
-        again = [t for t in trials if t.state == TrialState.FAIL and t.number not in retried(trials)]
+        again = [
+            t for t in trials if t.state == TrialState.FAIL and t.number not in retried(trials)
+        ]
         for trial in again:
             study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
     return len(again)
@@ -220,29 +224,34 @@ def spent_hours(trial: FrozenTrial) -> float:
     return sum(run["seconds"] for run in runs) / 3600
 
 
-def claim(study: optuna.Study, sweep: Sweep, held: Callable) -> tuple[Any, Any, str | None]:
-    """(trial, its lease as an open context, None), or (None, None, why there is none).
+class Claim(NamedTuple):
+    """A trial, and what keeps it: the lease ends with the stack; runs inherit the file."""
 
-    A trial that lost its worker comes first. No reason means: others are at work, ask again later.
+    trial: Trial
+    lease: contextlib.ExitStack
+    file: Any
+
+
+def claim(study: optuna.Study, sweep: Sweep, held: Callable) -> Claim | str | None:
+    """A trial to work on; or why there is none; or None: others are at work, ask again later.
+
+    A trial that lost its worker comes first.
     """
     with held(ASK, wait=True):
-        trials = study.get_trials(deepcopy=False)
-        for frozen in (t for t in trials if t.state == TrialState.RUNNING):
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             lease = contextlib.ExitStack()
-            if lease.enter_context(held(frozen.number)) and (trial := _adopt(study, sweep, frozen)):
-                return trial, lease, None
+            file = lease.enter_context(held(frozen.number))
+            if file and (trial := _adopt(study, sweep, frozen)):
+                return Claim(trial, lease, file)
             lease.close()
         trials = study.get_trials(deepcopy=False)
         if reason := why_nothing_to_ask(sweep, trials):
-            at_work = any(t.state == TrialState.RUNNING for t in trials)
-            return None, None, None if at_work else reason
+            return None if any(t.state == TrialState.RUNNING for t in trials) else reason
         study.sampler = sampler(sweep, len(trials))
         trial, lease = study.ask(), contextlib.ExitStack()
-        if not lease.enter_context(held(trial.number)):
-            lease.close()
-            raise RuntimeError(f"Trial {trial.number} is new and yet somebody's: two studies, one folder?")
+        file = lease.enter_context(held(trial.number, wait=True))
         suggest(trial, sweep)
-        return trial, lease, None
+        return Claim(trial, lease, file)
 
 
 def _adopt(study: optuna.Study, sweep: Sweep, frozen: FrozenTrial) -> Trial | None:
@@ -260,6 +269,11 @@ def _adopt(study: optuna.Study, sweep: Sweep, frozen: FrozenTrial) -> Trial | No
     trial = Trial(study, trial_id)
     suggest(trial, sweep)
     return trial
+
+
+def stopped(trial: Trial) -> None:
+    """Its worker ends on purpose: that is no death."""
+    trial.set_user_attr("deaths", trial.user_attrs.get("deaths", 0) - 1)
 
 
 def fail(study: optuna.Study, trial_id: int, reason: str) -> None:

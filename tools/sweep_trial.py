@@ -142,7 +142,9 @@ def _identity(sweep: Sweep, config: Any) -> str:
     """12 hex digits of all that decides the shared stages and the base's answers."""
     made_from = artifacts.relevant(earlier(sweep)[-1], config)
     evaluated = artifacts.relevant("04_ifeval_eval", config)
-    made_from |= {k: v for k, v in evaluated.items() if k.startswith(("model.", "eval.", "content"))}
+    made_from |= {
+        k: v for k, v in evaluated.items() if k.startswith(("model.", "eval.", "content"))
+    }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -225,7 +227,9 @@ def parts(sweep: Sweep, out: Path, seconds: float) -> dict[str, float]:
         if not page.is_file():
             continue
         page = json.loads(page.read_bytes())
-        cells = [(c["metadata"]["papermill"]["duration"] or 0.0, c["source"]) for c in page["cells"]]
+        cells = [
+            (c["metadata"]["papermill"]["duration"] or 0.0, c["source"]) for c in page["cells"]
+        ]
         work = sum(d for d, source in cells if WORK.get(stage, "\0") in "".join(source))
         inside = sum(duration for duration, _ in cells)
         found[f"{stage}: work"] = work
@@ -258,5 +262,3 @@ def look(
     overrides = sweeps.winning_overrides(sweep, params, seed)
     execute(sweep, list(configuration.STAGES), overrides, out, environment, [])
     return {"metrics": json.loads((out / "metrics.json").read_bytes())}
-
-

@@ -1,0 +1,167 @@
+"""What a sweep's exported study says: points with their noise, and which is really better."""
+
+import itertools
+import statistics as plain
+from typing import Any
+
+from atlas_lib import statistics
+
+
+def points(exported: dict) -> list[dict]:
+    """One {number, point, state, value, runs, ...} a point, a retried failure left out; best first."""
+    rows = [row for row in exported["trials"] if not row["retried"]]
+    sign = -1 if exported["sweep"]["objective"]["direction"] == "maximize" else 1
+    done = [row for row in rows if row["state"] == "COMPLETE"]
+    return sorted(done, key=lambda row: (sign * row["value"], row["number"]))
+
+
+def spread(row: dict, metric: str) -> tuple[float, float, float]:
+    """(mean, lowest, highest) of a metric over the seeds of a point."""
+    values = [run[metric] for run in row["runs"].values()]
+    return plain.mean(values), min(values), max(values)
+
+
+def strict_interval(row: dict) -> list[float]:
+    """95 % interval of the strict accuracy over all seeds, a bootstrap over prompts."""
+    passed = [sum(scores) for scores in _by_prompt(row).values()]
+    sizes = [len(row["runs"])] * len(passed)
+    if sum(passed) in (0, sum(sizes)):
+        return statistics.proportion_ci(len(passed) if sum(passed) else 0, len(passed))
+    return statistics.bootstrap(passed, sizes, statistics.RESAMPLES)
+
+
+def _by_prompt(row: dict) -> dict[Any, list[int]]:
+    """{key of a prompt: passed or not, a seed after the other}."""
+    runs = [run["verdicts"] for run in row["runs"].values()]
+    return {key: [run[i][1] for run in runs] for i, (key, _) in enumerate(runs[0])}
+
+
+def compare(better: dict, other: dict) -> dict:
+    """`better` against `other` on the same prompts: {won, lost, points, ci95, p, seeds_agree}.
+
+    A prompt is won if more seeds pass it; wins and losses are tested as coin flips (for one seed
+    this is McNemar's exact test). `seeds_agree`: the worst seed of one is above the best of the
+    other, so that the difference is larger than what a seed alone does.
+    """
+    ours, theirs = _by_prompt(better), _by_prompt(other)
+    if ours.keys() != theirs.keys():
+        raise ValueError("the two points were asked different prompts; evaluate them again.")
+    gains = [sum(ours[key]) / len(ours[key]) - sum(theirs[key]) / len(theirs[key]) for key in ours]
+    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    scores = [[run["dev_strict"] for run in row["runs"].values()] for row in (better, other)]
+    ci95 = statistics.bootstrap(gains, [1] * len(gains), statistics.RESAMPLES)
+    return {
+        "trial": other["number"],
+        "won": won,
+        "lost": lost,
+        "points": 100 * sum(gains) / len(gains),
+        "ci95": [100 * bound for bound in ci95],
+        "p": statistics.mcnemar_p(lost, won),
+        "seeds_agree": min(scores[0]) > max(scores[1]) or max(scores[0]) < min(scores[1]),
+    }
+
+
+def comparisons(rows: list[dict], alpha: float = statistics.ALPHA) -> list[dict]:
+    """The first point against every other, with a verdict: better, worse or not distinguishable.
+
+    The first was picked after looking at all, so all pairs of points are corrected for (Holm).
+    """
+    pairs = {(a["number"], b["number"]): compare(a, b) for a, b in itertools.combinations(rows, 2)}
+    adjusted = statistics.holm({pair: found["p"] for pair, found in pairs.items()})
+    against_all = []
+    for pair, found in pairs.items():
+        if pair[0] == rows[0]["number"]:
+            found["p_adjusted"] = adjusted[pair]
+            real = adjusted[pair] < alpha and found["seeds_agree"]
+            word = "better" if found["won"] > found["lost"] else "worse"
+            found["verdict"] = word if real else "not distinguishable"
+            against_all.append(found)
+    return against_all
+
+
+def study(exported: dict) -> Any:
+    """The finished trials as an Optuna study in memory, for importance and its plots."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    given = exported["sweep"]
+    made = optuna.create_study(direction=given["objective"]["direction"])
+    kinds = {
+        key: optuna.distributions.CategoricalDistribution(_stored(values))
+        if isinstance(values, list)
+        else optuna.distributions.FloatDistribution(*values["log_uniform"], log=True)
+        for key, values in given["space"].items()
+    }
+    for row in points(exported):
+        trial = optuna.trial.create_trial(
+            params=row["params"], distributions=kinds, value=row["value"]
+        )
+        made.add_trial(trial)
+    return made
+
+
+def _stored(values: list) -> list:
+    from atlas_lib import sweep
+
+    return [sweep.encode(value) for value in values]
+
+
+def importance(exported: dict) -> dict[str, float]:
+    """Share of the objective's variance that each parameter explains alone (fANOVA); {} if unknown."""
+    import optuna
+
+    made = study(exported)
+    values = {trial.value for trial in made.trials}
+    if len(made.trials) < 4 or len(values) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.get_param_importances(made, evaluator=evaluator)
+
+
+def device_hours(exported: dict) -> float:
+    """What all trials and the stages that they share have cost."""
+    runs = [run for row in exported["trials"] for run in row["runs"].values()]
+    return (sum(run["seconds"] for run in runs) + exported["shared_seconds"]) / 3600
+
+
+def overhead(exported: dict) -> dict[str, float]:
+    """Mean seconds a run by part; `overhead` is all but training and answering."""
+    runs = [run for row in exported["trials"] for run in row["runs"].values() if run["parts"]]
+    if not runs:
+        return {}
+    parts = {name: plain.mean(run["parts"][name] for run in runs) for name in runs[0]["parts"]}
+    parts["asking Optuna"] = plain.mean(run["ask_seconds"] for run in runs)
+    rest = sum(seconds for name, seconds in parts.items() if not name.endswith(": work"))
+    return parts | {"overhead": rest}
+
+
+def winner_yaml(exported: dict, row: dict) -> str:
+    """A layer for configs/ that extends the sweep's recipe by the winning point."""
+    import yaml
+
+    given, nested = exported["sweep"], {}
+    for key, value in (given["set"] | row["point"]).items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    text = yaml.safe_dump({"extends": given["config"], **nested}, sort_keys=False)
+    return f"# The winner of {exported['study']}: trial {row['number']}, chosen on dev prompts.\n{text}"
+
+
+def as_text(exported: dict) -> str:
+    """How far the sweep is, for a terminal."""
+    states = [row["state"] for row in exported["trials"] if not row["retried"]]
+    counts = ", ".join(f"{states.count(s)} {s.lower()}" for s in dict.fromkeys(states))
+    lines = [
+        f"{exported['study']}: {counts or 'nothing yet'}; {len(exported['looks'])} looks at test"
+    ]
+    metric = exported["sweep"]["objective"]["metric"]
+    for row in points(exported):
+        mean, low, high = spread(row, metric)
+        lines.append(
+            f"{row['number']:>4}  {metric} {mean:.4f} ({low:.4f} to {high:.4f})  {row['point']}"
+        )
+    for row in exported["trials"]:
+        if row["state"] == "FAIL":
+            lines.append(f"{row['number']:>4}  failed: {row['error']}")
+    lines += [f"{seconds:>8.1f} s  {name}" for name, seconds in overhead(exported).items()]
+    return "\n".join([*lines, f"{device_hours(exported):.2f} device hours"])
