@@ -53,9 +53,9 @@ class Sweep(Section):
     name: str
     config: str
     overlay: str = ""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default={})
     space: dict[str, Any] = Field(min_length=1)
-    multiples: dict[str, Multiple] = {}
+    multiples: dict[str, Multiple] = Field(default={})
     sampler: Literal["grid", "tpe"]
     seeds: list[int] = Field(min_length=1)
     budget: Budget = Budget()
@@ -103,7 +103,7 @@ def _check_objective(sweep: Sweep) -> None:
         raise ValueError(f"objective.metric is {metric!r}, which no stage writes; known: {known}.")
     if METRICS[metric] not in sweep.stages:
         raise ValueError(
-            f"objective.metric is {metric!r}, which only {METRICS[metric]} writes; add it to stages."
+            f"objective.metric is {metric!r}, which only {METRICS[metric]} writes; add that stage."
         )
 
 
@@ -177,15 +177,23 @@ def encode(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
+def varied(sweep: Sweep, params: dict[str, Any]) -> dict[str, Any]:
+    """A trial's stored `params` as values of the configuration; those that it has."""
+    listed = {key: v if isinstance(v, list) else [] for key, v in sweep.space.items()}
+    return {
+        key: next((v for v in listed[key] if encode(v) == params[key]), params[key])
+        for key in sweep.space
+        if key in params
+    }
+
+
 def point(sweep: Sweep, params: dict[str, Any]) -> dict[str, Any]:
-    """The overrides that a trial's stored `params` mean, those that follow others included."""
-    chosen = {}
-    for key, values in sweep.space.items():
-        listed = values if isinstance(values, list) else []
-        chosen[key] = next((v for v in listed if encode(v) == params[key]), params[key])
+    """The overrides that a trial's `params` mean, those that follow others included."""
+    chosen = varied(sweep, params)
     for key, multiple in sweep.multiples.items():
-        product = multiple.times * chosen[multiple.of]
-        chosen[key] = int(product) if product == int(product) else product
+        if multiple.of in chosen:
+            product = multiple.times * chosen[multiple.of]
+            chosen[key] = int(product) if product == int(product) else product
     return chosen
 
 

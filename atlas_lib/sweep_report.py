@@ -8,11 +8,86 @@ from atlas_lib import statistics
 
 
 def points(exported: dict) -> list[dict]:
-    """One {number, point, state, value, runs, ...} a point, a retried failure left out; best first."""
-    rows = [row for row in exported["trials"] if not row["retried"]]
+    """The complete trials, {number, point, varied, value, runs, ...} each, the best first."""
     sign = -1 if exported["sweep"]["objective"]["direction"] == "maximize" else 1
-    done = [row for row in rows if row["state"] == "COMPLETE"]
+    done = [row for row in exported["trials"] if row["state"] == "COMPLETE"]
     return sorted(done, key=lambda row: (sign * row["value"], row["number"]))
+
+
+def label(row: dict) -> str:
+    """A point in a few words: the last part of each key that the sweep varies, and its value."""
+    return ", ".join(f"{key.rpartition('.')[2]} {_short(v)}" for key, v in row["varied"].items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)}: {value[0]} to {value[-1]}" if len(value) > 3 else ", ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[dict], metric: str) -> Any:
+    """The points as a pandas table: objective with its seeds' range, losses, scores, minutes."""
+    import pandas as pd
+
+    shown = []
+    for row in rows:
+        mean, low, high = spread(row, metric)
+        cells = {"trial": row["number"], **{k: _short(v) for k, v in row["varied"].items()}}
+        cells |= {metric: mean, "lowest seed": low, "highest seed": high}
+        runs = list(row["runs"].values())
+        if all("verdicts" in run for run in runs):
+            cells["strict, 95 %"] = "{:.3f} to {:.3f}".format(*strict_interval(row))
+            cells["base"] = plain.mean(run["base_dev_strict"] for run in runs)
+        for other in {"validation_loss", "dev_strict"} - {metric}:
+            cells |= {other: spread(row, other)[0]} if other in runs[0] else {}
+        shown.append(cells | {"minutes": sum(run["seconds"] for run in runs) / 60})
+    return pd.DataFrame(shown)
+
+
+def surface(exported: dict, rows: list[dict]) -> Any:
+    """The objective over two listed parameters as a pandas table, or None for another space."""
+    import pandas as pd
+
+    space = exported["sweep"]["space"]
+    if len(space) != 2 or not all(isinstance(values, list) for values in space.values()):
+        return None
+    down, across = space
+    names = [[_short(value) for value in space[key]] for key in (down, across)]
+    grid = pd.DataFrame(float("nan"), index=names[0], columns=names[1])
+    for row in rows:
+        grid.loc[_short(row["varied"][down]), _short(row["varied"][across])] = row["value"]
+    return grid.rename_axis(index=down, columns=across)
+
+
+def cells(surface: Any) -> list[tuple[tuple[int, int], float]]:
+    """((row, column), value) of the points that were tried."""
+    places = itertools.product(range(surface.shape[0]), range(surface.shape[1]))
+    return [(p, surface.iloc[p]) for p in places if surface.iloc[p] == surface.iloc[p]]
+
+
+def parallel_coordinates(exported: dict) -> None:
+    """Optuna's own picture of many parameters at once."""
+    from optuna.visualization import matplotlib as pictures
+
+    pictures.plot_parallel_coordinate(study(exported))
+
+
+def agreement(rows: list[dict], metric: str) -> str:
+    """Whether the validation loss would have chosen the same point, as a title."""
+    lowest = min(rows, key=lambda row: spread(row, "validation_loss")[0])
+    same = "the same point" if lowest is rows[0] else "another point"
+    return f"The lowest validation loss is {same}"
+
+
+def at_an_edge(exported: dict, row: dict) -> list[str]:
+    """Numeric parameters of which the point has the smallest or the largest value tried."""
+    found = []
+    for key, values in exported["sweep"]["space"].items():
+        ends = values if isinstance(values, list) else values["log_uniform"]
+        numeric = all(isinstance(v, int | float) for v in ends) and len(ends) > 2
+        if numeric and row["varied"][key] in (min(ends), max(ends)):
+            found.append(key)
+    return found
 
 
 def spread(row: dict, metric: str) -> tuple[float, float, float]:
@@ -107,7 +182,7 @@ def _stored(values: list) -> list:
 
 
 def importance(exported: dict) -> dict[str, float]:
-    """Share of the objective's variance that each parameter explains alone (fANOVA); {} if unknown."""
+    """Share of the objective's variance that a parameter explains (fANOVA); {} if unknown."""
     import optuna
 
     made = study(exported)
@@ -144,7 +219,8 @@ def winner_yaml(exported: dict, row: dict) -> str:
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
     text = yaml.safe_dump({"extends": given["config"], **nested}, sort_keys=False)
-    return f"# The winner of {exported['study']}: trial {row['number']}, chosen on dev prompts.\n{text}"
+    origin = f"# The winner of {exported['study']}: trial {row['number']}, chosen on dev prompts."
+    return f"{origin}\n{text}"
 
 
 def as_text(exported: dict) -> str:
@@ -158,7 +234,7 @@ def as_text(exported: dict) -> str:
     for row in points(exported):
         mean, low, high = spread(row, metric)
         lines.append(
-            f"{row['number']:>4}  {metric} {mean:.4f} ({low:.4f} to {high:.4f})  {row['point']}"
+            f"{row['number']:>4}  {metric} {mean:.4f} ({low:.4f} to {high:.4f})  {label(row)}"
         )
     for row in exported["trials"]:
         if row["state"] == "FAIL":

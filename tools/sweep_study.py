@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
 
 MOST_DEATHS = 5  # of a trial's workers: what kills every worker would otherwise never end
+SEED = "seed "  # before a seed, the name of the attribute with its results
 ASK = -1  # the lock beside the trials' numbers that makes asking one worker's business at a time
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -43,8 +44,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[Any]:
             yield file
 
 
-class JournalLock(BaseJournalFileLock):
-    """Optuna's own lock stalls everybody for 30 s when its holder is killed; this one ends with it."""
+class JournalLock:
+    """Ends with its holder; Optuna's own stalls everybody for 30 s when the holder is killed."""
 
     def __init__(self, journal: Path) -> None:
         self.journal, self.held = journal, contextlib.ExitStack()
@@ -203,25 +204,38 @@ def retry_failed(study: optuna.Study, held: Callable) -> int:
     return len(again)
 
 
-def why_nothing_to_ask(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
-    """The budget, or too many failures in a row; None while there is more to try."""
+def too_many_failures(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
+    """The last error, if the trials that ended last have all failed, as many as are allowed."""
     counted = [t for t in trials if t.number not in retried(trials)]
     ended = sorted((t for t in counted if t.state.is_finished()), key=lambda t: t.datetime_complete)
     most = sweep.budget.consecutive_failures
     if len(ended) >= most and all(t.state == TrialState.FAIL for t in ended[-most:]):
         reason = ended[-1].user_attrs.get("error", "unknown")
         return f"{most} trials failed one after another, the last one because: {reason}"
+    return None
+
+
+def why_nothing_to_ask(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
+    """Too many failures in a row, or the budget; None while there is more to try."""
+    if failures := too_many_failures(sweep, trials):
+        return failures
     if any(t.state == TrialState.WAITING for t in trials):
         return None
     spent = sum(spent_hours(t) for t in trials)
     if sweep.budget.hours and spent >= sweep.budget.hours:
         return f"the budget of {sweep.budget.hours:g} device hours is spent"
-    return "every trial is taken" if len(counted) >= sweeps.n_trials(sweep) else None
+    counted = len(trials) - len(retried(trials))
+    return "every trial is taken" if counted >= sweeps.n_trials(sweep) else None
+
+
+def runs(trial: FrozenTrial) -> dict[str, dict]:
+    """{seed: its results} of the seeds that are finished."""
+    found = {k: v for k, v in trial.user_attrs.items() if k.startswith(SEED)}
+    return {key.removeprefix(SEED): value for key, value in found.items()}
 
 
 def spent_hours(trial: FrozenTrial) -> float:
-    runs = [value for key, value in trial.user_attrs.items() if key.startswith("seed ")]
-    return sum(run["seconds"] for run in runs) / 3600
+    return sum(run["seconds"] for run in runs(trial).values()) / 3600
 
 
 class Claim(NamedTuple):

@@ -184,7 +184,7 @@ def _link(source: str, target: str) -> None:
 
 
 def collect(sweep: Sweep, out: Path) -> dict[str, Any]:
-    """What a run left, small enough for the storage. Raises RuntimeError if something is missing."""
+    """What a run left, small enough for the storage. Raises RuntimeError if some is missing."""
     try:
         found: dict[str, Any] = {"seconds": read_spent(out / "spent.json")}
         if "03_sft_train" in sweep.stages:
