@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m tools.run
 .DEFAULT_GOAL := run
-.PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks bench clean
+.PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels bench clean
 
 setup: .venv/run.stamp  ## what running needs
 
@@ -39,6 +39,9 @@ notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sourc
 	@$(BIN)/ruff check --fix -q notebooks/*.py
 	@$(BIN)/ruff format -q notebooks/*.py
 	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
+
+kernels: .venv/dev.stamp  ## Kaggle kernels into build/kaggle; ARGS=chain pushes them, and waits
+	@$(BIN)/python -m tools.kernels $(or $(ARGS),build)
 
 bench: .venv/dev.stamp  ## speed and memory, as ratios in one run each; JSON into results/
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json
