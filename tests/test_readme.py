@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,3 +36,16 @@ def test_every_file_of_the_tree_exists():
     assert named <= present
     modules = {path.name for path in (ROOT / "atlas_lib").glob("*.py")} - {"__init__.py"}
     assert modules <= named, modules - named
+
+
+def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    on_colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    on_kaggle = f"https://kaggle.com/kernels/welcome?src={repository}"
+    expected = [
+        f"{start}/blob/main/notebooks/{page.name}"
+        for page in sorted((ROOT / "notebooks").glob("0[1-4]*.ipynb"))
+        for start in (on_kaggle, on_colab)
+    ]
+    assert re.findall(r"\.svg\)\]\(([^)]+)\)", README) == expected
