@@ -57,6 +57,20 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
     return target
 
 
+def keep(stage: str, out: Path) -> None:
+    """On Kaggle, copy the running page to out/notebooks: only files come back from a kernel."""
+    running = runtime.KAGGLE / "working" / "__notebook__.ipynb"
+    if runtime.where() != "kaggle" or not running.is_file():
+        return
+    page = running.read_text(encoding="utf-8")
+    if json.dumps(f'keep("{stage}"')[1:-1] in page:  # not the page that called this one
+        target = out / "notebooks" / f"{stage}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(".part")
+        part.write_text(page, encoding="utf-8")
+        part.replace(target)
+
+
 @contextlib.contextmanager
 def _forwarding_sigterm() -> Iterator[None]:
     """Pass SIGTERM on to the kernel, which has a session of its own, instead of dying first."""

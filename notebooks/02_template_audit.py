@@ -43,14 +43,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
-above = [Path.cwd(), *Path.cwd().parents]
-places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
-if home:
-    sys.path.insert(0, str(home))
-elif importlib.util.find_spec("atlas_lib") is None:
-    source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
+if importlib.util.find_spec("atlas_lib") is None:
+    places = [Path.cwd(), *Path.cwd().parents]
+    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
+    if home is None:
+        subprocess.run(pip, check=True)
+    sys.path[:0] = [str(home)] if home else []
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -58,7 +58,7 @@ bootstrap.ensure()
 # %%
 from IPython.display import HTML, Markdown, display
 
-from atlas_lib import artifacts, audit, data, model, runtime, template
+from atlas_lib import artifacts, audit, data, model, notebooks, runtime, template
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -218,6 +218,12 @@ headline.update(
         f"{summary['rows_excluded']} rows are left out.** {config.label}"
     )
 )
+
+# %% [markdown]
+# Kaggle gives back the files of a run but not its page; there, the next line keeps it beside them.
+
+# %% tags=["keep"]
+notebooks.keep("02_template_audit", out)
 
 # %% [markdown]
 # ## Summary

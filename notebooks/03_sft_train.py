@@ -44,14 +44,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
-above = [Path.cwd(), *Path.cwd().parents]
-places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
-if home:
-    sys.path.insert(0, str(home))
-elif importlib.util.find_spec("atlas_lib") is None:
-    source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
+if importlib.util.find_spec("atlas_lib") is None:
+    places = [Path.cwd(), *Path.cwd().parents]
+    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
+    if home is None:
+        subprocess.run(pip, check=True)
+    sys.path[:0] = [str(home)] if home else []
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -61,7 +61,7 @@ import math
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, audit, card, data, generate, hub, memory, model, runtime, template
+from atlas_lib import artifacts, audit, card, data, generate, hub, model, notebooks, runtime
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -127,7 +127,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from atlas_lib import callbacks
+from atlas_lib import callbacks, memory, template
 
 tokenizer = model.load_tokenizer(config)
 model.check_vocabulary(tokenizer, config)
@@ -307,6 +307,12 @@ headline.update(
         f"validation rows.** {config.label}"
     )
 )
+
+# %% [markdown]
+# Kaggle gives back the files of a run but not its page; there, the next line keeps it beside them.
+
+# %% tags=["keep"]
+notebooks.keep("03_sft_train", out)
 
 # %% [markdown]
 # ## Summary
