@@ -109,17 +109,18 @@ pd.DataFrame(descriptions).T.rename_axis("split")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from atlas_lib import figures
+
 answers = [
     len(m["content"]) for chat in train["messages"] for m in chat if m["role"] == "assistant"
 ]
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.hist(answers, bins=50, color="#4c72b0")
 axes.set(xlabel="characters in one answer", ylabel="answers")
-axes.set_title(
-    f"Half of the {len(answers):,} answers are shorter than {np.median(answers):,.0f} characters"
-)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+middle = f"{np.median(answers):,.0f}"
+finding = f"Half of the {len(answers):,} answers are shorter than {middle} characters"
+axes.set_title(finding)
+figures.show(figure, f"Histogram of answer lengths. {finding}; few are very long.", config.label)
 
 # %% [markdown]
 # Read it from the right: the long tail is what truncation will cut, and an answer that is cut

@@ -186,16 +186,16 @@ print(f"TRL's would train {extra:,} more tokens: {extra / turns:.2f} in each of 
 # %%
 import matplotlib.pyplot as plt
 
+from atlas_lib import figures
+
 histogram, limit = summary["length_histogram"], summary["max_length"]
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.stairs(histogram["counts"], histogram["edges"], fill=True, color="#4c72b0")
 axes.axvline(limit, color="#c44e52", linestyle="--")
 axes.set(xlabel="tokens in one conversation (dashed: max_length)", ylabel="conversations")
-axes.set_title(
-    f"{summary['rows_truncated']:,} of {summary['rows']:,} conversations are cut at {limit:,}"
-)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+finding = f"{summary['rows_truncated']:,} of {summary['rows']:,} conversations are cut at {limit:,}"
+axes.set_title(finding)
+figures.show(figure, f"Histogram of conversation lengths. {finding} tokens.", config.label)
 
 # %% [markdown]
 # Everything right of the dashed line is thrown away. The count of `turns_cut` says how many answers

@@ -216,16 +216,19 @@ assert math.isfinite(validation["eval_loss"]), "the validation loss is not a num
 # %%
 import matplotlib.pyplot as plt
 
+from atlas_lib import figures
+
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", label="training")
 axes.axhline(
     validation["eval_loss"], color="#c44e52", linestyle="--", label="validation, at the end"
 )
 axes.set(xlabel="step", ylabel="loss on assistant tokens")
-axes.set_title(f"Loss {first_loss:.2f} to {last_loss:.2f} in {result.global_step} steps")
+finding = f"Loss {first_loss:.2f} to {last_loss:.2f} in {result.global_step} steps"
+axes.set_title(finding)
 axes.legend(frameon=False)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+ending = f"the dashed validation loss at the end is {validation['eval_loss']:.2f}"
+figures.show(figure, f"Curve of the training loss. {finding}; {ending}.", config.label)
 
 # %% [markdown]
 # The dashed line is the loss on conversations that were never trained on. If it lay far above the

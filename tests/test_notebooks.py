@@ -34,7 +34,7 @@ def problems(path: Path) -> list[str]:
     functions = sum(isinstance(node, ast.FunctionDef) for tree in trees for node in ast.walk(tree))
     if functions > MOST_FUNCTIONS:
         found.append(f"{functions} functions")
-    if text.count("plt.show()") > MOST_PLOTS:
+    if text.count("figures.show(") > MOST_PLOTS:
         found.append("too many plots")
     if re.search(r"^[!%]", text, flags=re.M):
         found.append("a ! or % line")
@@ -63,7 +63,7 @@ PLANTED = {
     "more code than prose": "x = [" + ", ".join(map(str, range(3000))) + "]",
     "a cell of 16 lines starts with 'x = 0'": "\n".join(f"x = {i}" for i in range(16)),
     "3 functions": "def f(): ...\ndef g(): ...\ndef h(): ...",
-    "too many plots": "plt.show()\n" * 4,
+    "too many plots": "figures.show()\n" * 4,
     "the last cell does not update the headline": "print()",
 }
 
