@@ -110,8 +110,8 @@ assert text == before, "the patch changed the rendered text"
 #
 # ## One conversation, coloured
 #
-# Green tokens are learned, grey ones are only read. In a terminal the same strip is plain text,
-# with the learned tokens between ⟦ and ⟧.
+# Tokens on green are learned, the others are only read. In a terminal, and where colours are taken
+# out, the same strip is plain text with the learned tokens between ⟦ and ⟧.
 
 
 # %%
@@ -121,7 +121,7 @@ import re
 
 def show_strip(row: dict) -> HTML:
     """The head of one audit row as coloured tokens."""
-    style = {1: "background:#b7e4c7;color:#000", 0: "color:#888"}
+    style = {1: "background:#b7e4c7;color:#000", 0: ""}
     pairs = zip(row["decoded_head"], row["assistant_mask_head"], strict=True)
     spans = (f'<span style="{style[m]}">{html.escape(token)}</span>' for token, m in pairs)
     return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')
