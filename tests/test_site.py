@@ -37,7 +37,7 @@ LOOK = """() => {
   return found;
 }"""
 # What can be clicked, is seen, and has not been focused by pressing Tab.
-UNREACHED = """() => [...document.querySelectorAll("a[href], button, summary, input, textarea, select")]
+UNREACHED = """() => [...document.querySelectorAll("a[href], button, summary, input, select")]
   .filter(e => e.checkVisibility({visibilityProperty: true}) && e.getBoundingClientRect().width)
   .filter(e => !window.reached.has(e))
   .map(e => "not reached by keyboard: " + (e.innerText || e.outerHTML).slice(0, 60))"""
@@ -76,11 +76,10 @@ def dead_links(folder: Path) -> list[str]:
     for uri, page in pages.items():
         for link in page.links | page.loaded:
             address, anchor = urldefrag(urljoin(uri, link))
+            path, known = Path(unquote(urlparse(address).path)), pages.get(address)
             if urlparse(address).scheme in ("http", "https", "mailto"):
                 found += [f"{uri} loads {link}"] if link in page.loaded else []
-            elif not Path(unquote(urlparse(address).path)).is_file():
-                found.append(f"{uri} links to {link}")
-            elif anchor and address in pages and unquote(anchor) not in pages[address].anchors:
+            elif not path.is_file() or (anchor and known and unquote(anchor) not in known.anchors):
                 found.append(f"{uri} links to {link}")
     return found
 

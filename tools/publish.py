@@ -1,6 +1,7 @@
 """Take the executed notebooks and figures of a finished run into results/, if they can be trusted.
 
 python -m tools.publish runs/sft_qwen05b-offline
+python -m tools.publish runs/seed1 --metrics-only    # another run's figures, for experiments/
 """
 
 import argparse
@@ -30,10 +31,11 @@ KINDS = ("code", "markdown", "raw")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's OUT, e.g. runs/sft_qwen05b-offline")
+    parser.add_argument("--metrics-only", action="store_true", help="append its metrics, no more")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     try:
-        files, rows = collect(args.run, args.results)
+        files, rows = collect(args.run, args.results, args.metrics_only)
         replace(args.results, files)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -41,16 +43,22 @@ def main() -> None:
     print("\n".join(map(table_line, rows)))
 
 
-def collect(run: Path, results: Path) -> tuple[dict[str, str], list[dict]]:
+def collect(
+    run: Path, results: Path, metrics_only: bool = False
+) -> tuple[dict[str, str], list[dict]]:
     """What to write below results/, by name, and the rows of metrics. Raises ValueError.
 
-    A run has the four stages, or, as a sweep's report does, a page and no metrics.
+    A run has the four stages, or, as a sweep's report does, a page and no metrics. Pages that are
+    shown have to be those of HEAD; for metrics alone, those of the commit that measured them.
     """
     pages = {path.stem: path for path in sorted((run / "notebooks").glob("*.ipynb"))}
     missing = set(configuration.STAGES) - pages.keys()
     if not pages or (missing and missing != set(configuration.STAGES)):
         raise ValueError(f"{run} lacks notebooks/{min(missing)}.ipynb; run it first.")
-    checked = {stage: check_page(stage, path) for stage, path in pages.items()}
+    if metrics_only and missing:
+        raise ValueError(f"{run} has no metrics; leave --metrics-only out.")
+    at = None if metrics_only else "HEAD"
+    checked = {stage: check_page(stage, path, at) for stage, path in pages.items()}
     files = {f"notebooks/{stage}.ipynb": text_of(page) for stage, page in checked.items()}
     rows: list[dict] = []
     if not missing:
@@ -59,6 +67,8 @@ def collect(run: Path, results: Path) -> tuple[dict[str, str], list[dict]]:
         files |= figures_of(run, config, checked, rows) | {
             "metrics.json": as_json(appended(results / "metrics.json", rows))
         }
+    if metrics_only:
+        files = {"metrics.json": files["metrics.json"]}
     for name, text in files.items():
         if len(text.encode()) > LARGEST:
             raise ValueError(f"{name} has {len(text.encode()):,} bytes; at most {LARGEST:,} go in.")
@@ -66,8 +76,8 @@ def collect(run: Path, results: Path) -> tuple[dict[str, str], list[dict]]:
     return files, rows
 
 
-def check_page(stage: str, path: Path, at: str = "HEAD") -> nbformat.NotebookNode:
-    """The executed page if it is the one committed `at`, and ran whole. Raises ValueError."""
+def check_page(stage: str, path: Path, at: str | None = "HEAD") -> nbformat.NotebookNode:
+    """The executed page if it ran whole and is the one committed `at`; None: at its own commit."""
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {LARGEST:,} go in.")
     try:
@@ -79,7 +89,7 @@ def check_page(stage: str, path: Path, at: str = "HEAD") -> nbformat.NotebookNod
     _, commit, platform, _ = stamp_of(page, path)
     if commit.endswith("-dirty") or not known(commit):
         raise ValueError(f"{path} ran at commit {commit}; commit everything and run it again.")
-    committed = json.loads(git("show", f"{at}:notebooks/{stage}.ipynb"))
+    committed = json.loads(git("show", f"{at or commit}:notebooks/{stage}.ipynb"))
     if platform == "kaggle":  # there the cell carries the library itself, packed
         restore_bootstrap(page, committed)
     if notebooks.sources(page, KINDS) != notebooks.sources(committed, KINDS):
