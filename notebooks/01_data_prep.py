@@ -85,9 +85,11 @@ for message in train[0]["messages"]:
 #
 # ## The whole slice
 #
-# The recipe takes 5,000 conversations: about a quarter of an hour on one T4, and past that a model
-# of half a billion parameters gains little. The same number of preference pairs is what a later
-# phase would use, so that methods are compared and not amounts of data.
+# The recipe takes 5,000 conversations of UltraChat: several turns each, on many topics, and the
+# source from which the preference data of a later phase derives. OpenHermes is mostly single-turn,
+# Alpaca short. 5,000 are about a quarter of an hour on one T4, where all 200,000 would take twelve;
+# past that a model of half a billion parameters is said to gain little. A later phase uses about as
+# many preference pairs, so that methods are compared and not amounts of data.
 
 # %%
 import pandas as pd

@@ -94,7 +94,8 @@ print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer"
 #
 # A step updates the weights once, after `batch x accumulation` rows. The published page of this
 # recipe says "about 80 steps"; the arithmetic says otherwise, and the trainer agrees with the
-# arithmetic.
+# arithmetic. One epoch, since low-rank updates on so few rows soon learn them by heart; a warm-up
+# of three in a hundred steps, since the run is short.
 
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
@@ -107,8 +108,12 @@ print(f"this run: {rows:,} rows, {rows_per_step} a step -> {steps} steps")
 # %% [markdown]
 # ## The model: 4-bit weights, a thin trainable update
 #
-# The base is loaded quantised; LoRA then adds `r x (inputs + outputs)` numbers to each projection
-# that the config lists. At Qwen2.5-0.5B's shape, 24 layers of hidden size 896:
+# The base is loaded quantised: each weight is one of sixteen levels that are spaced as the values
+# of a normal distribution are (NF4), times a scale for its block, and the scales are quantised once
+# more. Nothing of it is trained. LoRA adds to each projection that the config lists a matrix $A$
+# that brings the inputs down to $r$ numbers and a matrix $B$, zero at first, that takes them up to
+# the outputs: `r x (inputs + outputs)` numbers. $\alpha = 2r$ keeps the update's scale when $r$
+# changes. At Qwen2.5-0.5B's shape, 24 layers of hidden size 896:
 
 # %%
 attention = {"q": (896, 896), "k": (896, 128), "v": (896, 128), "o": (896, 896)}

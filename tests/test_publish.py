@@ -230,11 +230,10 @@ def test_a_damaged_run_is_refused(damage, sentence, checkout, run, tmp_path):
 def test_a_changed_configuration_is_refused(checkout, run, tmp_path):
     other = shutil.copytree(checkout, tmp_path / "checkout")
     path = other / "configs" / "offline.yaml"
-    path.write_text(path.read_text("utf-8").replace("max_new_tokens: 128", "max_new_tokens: 129"))
-    path.write_text(path.read_text("utf-8").replace("num_train_epochs: 3", "num_train_epochs: 2"))
+    path.write_text(
+        path.read_text("utf-8").replace("learning_rate: 5.0e-3", "learning_rate: 4.0e-3")
+    )
     git(other, "commit", "-qam", "change")
-    edited = {"offline.yaml"}
-    assert edited
     refused(other, run, tmp_path / "results", "configs/ has changed since commit")
 
 
