@@ -17,10 +17,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SITE, SCREENSHOTS = ROOT / "build" / "site", ROOT / "build" / "screenshots"
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 in_a_browser = pytest.mark.skipif(
     not CHROMIUM or os.environ.get("ATLAS_TEST_DOWNLOADS") != "1",
-    reason="NOT TESTED: the site is looked at in Debian's chromium by `make test-all` only",
+    reason="NOT TESTED: the site is looked at in a chromium of PATH by `make test-all` only",
 )
 LOOK = """() => {
   const found = [], root = document.documentElement;
