@@ -151,13 +151,12 @@ def problems(browser, address: str, names: list[str], size: str, scheme: str, pi
         )
         page.goto(address + name)
         page.evaluate("() => window.MathJax?.startup?.promise")
-        said += page.evaluate(LOOK) + serious(page)
-        said += unreached(page) if scheme == "light" else []  # colours move nothing
         if pictures:
             pictures.mkdir(parents=True, exist_ok=True)
             stem = name.removesuffix(".html").replace("/", "-")
-            page.evaluate("() => { document.activeElement.blur(); scrollTo(0, 0); }")
             page.screenshot(path=pictures / f"{stem}-{size}-{scheme}.png", full_page=True)
+        said += page.evaluate(LOOK) + serious(page)
+        said += unreached(page) if scheme == "light" else []  # colours move nothing
         found += [f"{name}: {what}" for what in said]
         page.close()
     context.close()
