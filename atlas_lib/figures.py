@@ -6,7 +6,7 @@ from typing import Any
 def show(figure: Any, alt: str, label: str = "") -> None:
     """Display a matplotlib `figure` once: `label` above its titles, `alt` in the output's metadata.
 
-    Screen readers, the site and nbconvert take the alternative text from there.
+    The site and nbconvert's classic template make the image's alternative text of it.
     """
     import matplotlib.pyplot as plt
     from IPython.display import display
