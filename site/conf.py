@@ -30,6 +30,7 @@ html_css_files = ["atlas.css"]
 html_js_files = ["atlas.js"]
 html_show_sourcelink = False
 html_copy_source = False
+html_use_index = False
 html_theme_options = {"announcement": RUN["label"]} if RUN["label"] else {}
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 
