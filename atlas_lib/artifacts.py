@@ -13,7 +13,7 @@ from atlas_lib import offline, runtime
 
 MANIFEST = "manifest.json"
 KEYS = {"stage", "relevant", "inputs", "outputs"}  # what a later stage reads of it
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = runtime.KAGGLE / "input"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,6 +25,16 @@ ENVIRONMENT = {
 }
 
 
+def where() -> str:
+    """Either "kaggle", "colab" or "local". Kaggle first: it sets Colab's variables too."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "kaggle"
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if "google.colab" in str(shell) or "COLAB_RELEASE_TAG" in os.environ:
+        return "colab"
+    return "local"
+
+
 def floors() -> dict[str, str]:
     """Package, with its extra -> lowest version, from pyproject.toml or installed metadata."""
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
@@ -72,20 +82,38 @@ def ensure() -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message="IProgress not found")  # from the imports to come
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hosted = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "COLAB_RELEASE_TAG" in os.environ
+    hosted = where() != "local"
     if hosted:
         remove_old_torchao()
     started, wanted = time.monotonic(), missing()
     if not wanted:
+        print(f"Packages: nothing is missing ({time.monotonic() - started:.1f} s).")
         return
     blocked = [w for w in wanted if w.split(">=")[0] in UNTOUCHABLE]
     if not hosted or blocked:
         raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
+    install(wanted)
+    print(f"Installed {', '.join(wanted)} in {time.monotonic() - started:.0f} s.")
+    stale = sorted({re.split(r"[\[>]", w)[0] for w in wanted} & sys.modules.keys())
+    if stale:
+        raise RuntimeError(
+            f"{', '.join(stale)} had been imported before and is old in memory: restart the "
+            "session and run all cells (what was installed stays)."
+        )
+
+
+def install(wanted: list[str]) -> None:
+    """pip install, with torch and numpy held where they are. Raises RuntimeError."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         for package in UNTOUCHABLE:
             constraints.write(f"{package}=={importlib.metadata.version(package)}\n")
         constraints.flush()
         pip = [sys.executable, "-m", "pip", "install", "-q", "-c", constraints.name, *wanted]
-        subprocess.run(pip, check=True)
+        done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise RuntimeError(
+            f"pip cannot install {', '.join(wanted)} (it says: {said}); is the internet switched "
+            "on? Kaggle: Settings > Internet."
+        )
     importlib.invalidate_caches()
-    print(f"Installed {', '.join(wanted)} in {time.monotonic() - started:.0f} s.")

@@ -57,6 +57,20 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
     return target
 
 
+def keep(stage: str, out: Path) -> None:
+    """On Kaggle, copy the running page to out/notebooks: only files come back from a kernel."""
+    running = runtime.KAGGLE / "working" / "__notebook__.ipynb"
+    if runtime.where() != "kaggle" or not running.is_file():
+        return
+    page = running.read_text(encoding="utf-8")
+    if json.dumps(f'keep("{stage}"')[1:-1] in page:  # not the page that called this one
+        target = out / "notebooks" / f"{stage}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(".part")
+        part.write_text(page, encoding="utf-8")
+        part.replace(target)
+
+
 @contextlib.contextmanager
 def _forwarding_sigterm() -> Iterator[None]:
     """Pass SIGTERM on to the kernel, which has a session of its own, instead of dying first."""
@@ -89,15 +103,15 @@ def ran_through(stage: str, out: Path) -> bool:
         source = json.loads((FOLDER / f"{stage}.ipynb").read_bytes())
     except (OSError, ValueError, KeyError):
         return False
-    return bool(run["end_time"]) and not run["exception"] and _code(page) == _code(source)
+    done = bool(run["end_time"]) and not run["exception"]
+    return done and sources(page, ("code",)) == sources(source, ("code",))
 
 
-def _code(page: dict) -> list[str]:
-    """The sources of the code cells, without the one that papermill injected."""
-    cells = [cell for cell in page["cells"] if cell["cell_type"] == "code"]
-    tags = [cell["metadata"].get("tags", []) for cell in cells]
+def sources(page: dict, kinds: tuple[str, ...] = ("code", "markdown")) -> list[str]:
+    """The sources of the cells of these kinds, without the one that papermill injected."""
     return [
         "".join(cell["source"])
-        for cell, tagged in zip(cells, tags, strict=True)
-        if "injected-parameters" not in tagged
+        for cell in page["cells"]
+        if cell["cell_type"] in kinds
+        and "injected-parameters" not in cell["metadata"].get("tags", [])
     ]

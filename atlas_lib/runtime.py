@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -12,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atlas_lib.bootstrap import where
+
 ROOT = Path(__file__).resolve().parent.parent
+KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # another place only in tests
 PACKAGES = (
     "torch",
     "transformers",
@@ -25,23 +29,11 @@ PACKAGES = (
 )
 
 
-def where() -> str:
-    """Either "kaggle", "colab" or "local". Kaggle first: it sets Colab's variables too."""
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "kaggle"
-    with contextlib.suppress(ImportError):
-        from IPython import get_ipython
-
-        if "google.colab" in str(get_ipython()):
-            return "colab"
-    return "local"
-
-
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     """OUT as a folder that exists and can be written to. Raises ValueError."""
-    home = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()  # installed, not a checkout
+    home = ROOT if (ROOT / "Makefile").is_file() else Path.cwd()  # not a checkout: where one works
     default = home / "runs" / "-".join(filter(None, (config_name, overlay)))
-    folder = Path(out) if out else Path("/kaggle/working") if where() == "kaggle" else default
+    folder = Path(out) if out else KAGGLE / "working" if where() == "kaggle" else default
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -55,18 +47,23 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" with uncommitted changes; "unknown" outside git."""
+    """12 digits, "-dirty" with uncommitted changes: the checkout's, else the packed or installed
+    library's; "unknown" if none of them tells."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "-dirty" if git("status", "--porcelain") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ATLAS_COMMIT", "unknown")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (ROOT / ".git").exists():
+            changed = "-dirty" if git("status", "--porcelain") else ""
+            return git("rev-parse", "--short=12", "HEAD") + changed
+    if "ATLAS_COMMIT" in os.environ:  # set by the cell that unpacks a kernel's payload
+        return os.environ["ATLAS_COMMIT"]
+    with contextlib.suppress(Exception):  # pip's note on where a package came from, if it is there
+        origin = importlib.metadata.distribution("atlas-sft").read_text("direct_url.json")
+        return json.loads(origin)["vcs_info"]["commit_id"][:12]
+    return "unknown"
 
 
 def versions() -> dict[str, str]:
@@ -86,13 +83,21 @@ def hardware() -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
+def image() -> str:
+    """The hosted image's own name of its build, as its variables have it; empty elsewhere."""
+    names = {"kaggle": ("GIT_COMMIT", "BUILD_DATE"), "colab": ("COLAB_RELEASE_TAG",)}
+    return " ".join(filter(None, map(os.environ.get, names.get(where(), ()))))
+
+
 def provenance() -> dict[str, Any]:
-    """What a manifest says of the machine: commit, versions, platform, hardware."""
+    """What a manifest says of the machine: commit, versions, platform, image, hardware, GPUs."""
     return {
         "commit": commit(),
         "versions": versions(),
         "platform": f"{where()}, {platform.platform()}",
+        "image": image(),
         "hardware": hardware(),
+        "gpus": gpu_count(),
     }
 
 

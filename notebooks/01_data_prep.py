@@ -40,14 +40,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
-above = [Path.cwd(), *Path.cwd().parents]
-places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
-if home:
-    sys.path.insert(0, str(home))
-elif importlib.util.find_spec("atlas_lib") is None:
-    source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
+if importlib.util.find_spec("atlas_lib") is None:
+    places = [Path.cwd(), *Path.cwd().parents]
+    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
+    if home is None:
+        subprocess.run(pip, check=True)
+    sys.path[:0] = [str(home)] if home else []
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -55,7 +55,7 @@ bootstrap.ensure()
 # %%
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, data, runtime
+from atlas_lib import artifacts, data, notebooks, runtime
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -85,9 +85,11 @@ for message in train[0]["messages"]:
 #
 # ## The whole slice
 #
-# The recipe takes 5,000 conversations: about a quarter of an hour on one T4, and past that a model
-# of half a billion parameters gains little. The same number of preference pairs is what a later
-# phase would use, so that methods are compared and not amounts of data.
+# The recipe takes 5,000 conversations of UltraChat: several turns each, on many topics, and the
+# source from which the preference data of a later phase derives. OpenHermes is mostly single-turn,
+# Alpaca short. 5,000 are about a quarter of an hour on one T4, where all 200,000 would take twelve;
+# past that a model of half a billion parameters is said to gain little. A later phase uses about as
+# many preference pairs, so that methods are compared and not amounts of data.
 
 # %%
 import pandas as pd
@@ -109,17 +111,18 @@ pd.DataFrame(descriptions).T.rename_axis("split")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from atlas_lib import figures
+
 answers = [
     len(m["content"]) for chat in train["messages"] for m in chat if m["role"] == "assistant"
 ]
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.hist(answers, bins=50, color="#4c72b0")
 axes.set(xlabel="characters in one answer", ylabel="answers")
-axes.set_title(
-    f"Half of the {len(answers):,} answers are shorter than {np.median(answers):,.0f} characters"
-)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+middle = f"{np.median(answers):,.0f}"
+finding = f"Half of the {len(answers):,} answers are shorter than {middle} characters"
+axes.set_title(finding)
+figures.show(figure, f"Histogram of answer lengths. {finding}; few are very long.", config.label)
 
 # %% [markdown]
 # Read it from the right: the long tail is what truncation will cut, and an answer that is cut
@@ -161,6 +164,12 @@ headline.update(
         f"{len(repeated)} in both.** {config.label}"
     )
 )
+
+# %% [markdown]
+# Kaggle gives back the files of a run but not its page; there, the next line keeps it beside them.
+
+# %% tags=["keep"]
+notebooks.keep("01_data_prep", out)
 
 # %% [markdown]
 # ## Summary

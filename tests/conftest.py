@@ -20,6 +20,11 @@ TINY = {
 }
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("network") and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
+        pytest.skip("NOT TESTED: it downloads from a package registry, as `make test-all` may")
+
+
 @pytest.fixture(scope="session")
 def offline_config():
     return configuration.load("sft_qwen05b", "offline")

@@ -2,11 +2,14 @@
 
 import ast
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
 import jupytext
 import pytest
+
+from atlas_lib import notebooks, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
@@ -34,14 +37,18 @@ def problems(path: Path) -> list[str]:
     functions = sum(isinstance(node, ast.FunctionDef) for tree in trees for node in ast.walk(tree))
     if functions > MOST_FUNCTIONS:
         found.append(f"{functions} functions")
-    if text.count("plt.show()") > MOST_PLOTS:
+    if text.count("figures.show(") > MOST_PLOTS:
         found.append("too many plots")
+    if "plt.show(" in text:
+        found.append("plt.show() shows a figure without text and label: take figures.show")
     if re.search(r"^[!%]", text, flags=re.M):
         found.append("a ! or % line")
     if sum(len(c.source.split()) for c in prose) < sum(len(source.split()) for source in sources):
         found.append("more code than prose")
-    if "display_id=True" not in text or "headline.update(" not in sources[-1]:
-        found.append("the last cell does not update the headline")
+    if "display_id=True" not in text or "headline.update(" not in sources[-2]:
+        found.append("the last cell but one does not update the headline")
+    if sources[-1] != f'notebooks.keep("{path.stem}", out)':
+        found.append("the last cell does not keep the page")
     if "assert " not in text:
         found.append("no gate: nothing is asserted")
     for cell in prose:
@@ -63,8 +70,10 @@ PLANTED = {
     "more code than prose": "x = [" + ", ".join(map(str, range(3000))) + "]",
     "a cell of 16 lines starts with 'x = 0'": "\n".join(f"x = {i}" for i in range(16)),
     "3 functions": "def f(): ...\ndef g(): ...\ndef h(): ...",
-    "too many plots": "plt.show()\n" * 4,
-    "the last cell does not update the headline": "print()",
+    "plt.show() shows a figure without text and label: take figures.show": "plt.show()",
+    "too many plots": "figures.show()\n" * 4,
+    "the last cell but one does not update the headline": "print()",
+    "the last cell does not keep the page": "headline.update(1)",
 }
 
 
@@ -73,6 +82,13 @@ def test_a_planted_style_fault_is_found(problem, cell, tmp_path):
     planted = tmp_path / "planted.py"
     planted.write_text(SOURCES[0].read_text("utf-8") + f"\n# %%\n{cell}\n", "utf-8")
     assert problem in problems(planted)
+
+
+def test_a_planted_result_in_the_prose_is_found(tmp_path):
+    planted = tmp_path / "planted.py"
+    text = "\n# %% [markdown]\n# It reached 0.653.\n"
+    planted.write_text(SOURCES[0].read_text("utf-8") + text, "utf-8")
+    assert "a result in the prose: 0.653" in problems(planted)
 
 
 def paired_differences(source: Path, page: Path) -> list[str]:
@@ -99,6 +115,35 @@ def test_a_stale_pair_is_found(tmp_path):
     stale = tmp_path / "stale.py"
     stale.write_text(SOURCES[0].read_text("utf-8").replace("Cut the", "Slice the"), "utf-8")
     assert paired_differences(stale, SOURCES[0].with_suffix(".ipynb"))
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch) -> Path:
+    """/kaggle/working with the page of 01 as it is while it runs."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(runtime, "KAGGLE", tmp_path)
+    working = tmp_path / "working"
+    working.mkdir()
+    shutil.copy(SOURCES[0].with_suffix(".ipynb"), working / "__notebook__.ipynb")
+    return working
+
+
+def test_on_kaggle_the_running_page_is_kept(kaggle):
+    notebooks.keep("01_data_prep", kaggle)
+    kept = kaggle / "notebooks" / "01_data_prep.ipynb"
+    assert kept.read_bytes() == SOURCES[0].with_suffix(".ipynb").read_bytes()
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_a_page_that_runs_inside_another_does_not_keep_the_other(kaggle):
+    notebooks.keep("03_sft_train", kaggle)
+    assert not (kaggle / "notebooks").exists()
+
+
+def test_elsewhere_nothing_is_kept(kaggle, monkeypatch):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    notebooks.keep("01_data_prep", kaggle)
+    assert not (kaggle / "notebooks").exists()
 
 
 def test_parameters_and_bootstrap_are_the_same_everywhere():

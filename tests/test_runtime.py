@@ -1,6 +1,7 @@
 """Where it runs, on what, with which secrets: every platform's oddities, planted."""
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_out_is_made_and_left_empty(tmp_path):
 
 def test_the_default_out_names_config_and_overlay(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "ROOT", tmp_path)
-    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "Makefile").touch()
     assert runtime.output_folder("", "recipe") == tmp_path / "runs" / "recipe"
     assert runtime.output_folder("", "recipe", "over") == tmp_path / "runs" / "recipe-over"
 
@@ -142,6 +143,17 @@ def test_outside_git_the_commit_is_unknown_or_given(repository, tmp_path, monkey
     assert runtime.commit() == "unknown"
     monkeypatch.setenv("ATLAS_COMMIT", "abc123")
     assert runtime.commit() == "abc123"
+
+
+def test_a_package_from_git_is_the_commit_that_pip_noted(tmp_path, monkeypatch):
+    note = tmp_path / "atlas_sft-0.1.dist-info"
+    note.mkdir()
+    (note / "METADATA").write_text("Metadata-Version: 2.1\nName: atlas-sft\nVersion: 0.1\n")
+    origin = {"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}}
+    (note / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert runtime.commit() == "0123456789ab"
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
@@ -499,9 +511,28 @@ def test_kaggles_token_reaches_the_hubs_library(on_kaggle, config, monkeypatch, 
 def test_a_manifest_says_what_made_it_and_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", CANARY)
     found = runtime.provenance()
-    assert found.keys() == {"commit", "versions", "platform", "hardware"}
+    assert found.keys() == {"commit", "versions", "platform", "image", "hardware", "gpus"}
     assert {"python", "torch", "trl", "lm_eval"} <= found["versions"].keys()
     assert CANARY not in str(found)
+
+
+def test_a_manifest_names_the_image_of_a_hosted_session(on_kaggle, monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "f00d")
+    monkeypatch.setenv("BUILD_DATE", "20261001")
+    assert runtime.provenance()["image"] == "f00d 20261001"
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    assert runtime.provenance()["image"] == "release-colab"
+    monkeypatch.delenv("COLAB_RELEASE_TAG")
+    assert runtime.provenance()["image"] == ""
+
+
+def test_a_manifest_counts_the_gpus(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4'\necho 'GPU 1: Tesla T4'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runtime.provenance()["gpus"] == 2
 
 
 # --- the hub --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -100,10 +99,6 @@ def test_an_index_out_of_reach_is_one_sentence_and_leaves_no_folder(tmp_path, mo
 
 
 @pytest.mark.network
-@pytest.mark.skipif(
-    os.environ.get("ATLAS_TEST_DOWNLOADS") != "1",
-    reason="NOT RUN: the real SmolLM2 build downloads 93 MB; set ATLAS_TEST_DOWNLOADS=1 to run it",
-)
 def test_the_real_model_is_built_and_answers_in_english(tmp_path, monkeypatch, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
