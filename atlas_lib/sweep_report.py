@@ -59,17 +59,25 @@ def surface(exported: dict, rows: list[dict]) -> Any:
     return grid.rename_axis(index=down, columns=across)
 
 
-def cells(surface: Any) -> list[tuple[tuple[int, int], float]]:
-    """((row, column), value) of the points that were tried."""
-    places = itertools.product(range(surface.shape[0]), range(surface.shape[1]))
-    return [(p, surface.iloc[p]) for p in places if surface.iloc[p] == surface.iloc[p]]
-
-
-def parallel_coordinates(exported: dict) -> None:
-    """Optuna's own picture of many parameters at once."""
+def picture(exported: dict, rows: list[dict]) -> Any:
+    """A figure of the objective over the space: a map if it is two lists, else parallel lines."""
+    import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as pictures
 
-    pictures.plot_parallel_coordinate(study(exported))
+    found = surface(exported, rows)
+    if found is None:
+        return pictures.plot_parallel_coordinate(study(exported)).figure
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    image = axes.imshow(found, cmap="viridis", aspect="auto")
+    for place in itertools.product(*map(range, found.shape)):
+        value = found.iloc[place]
+        color = "black" if image.norm(value) > 0.6 else "white"
+        axes.text(*place[::-1], f"{value:.3f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(found.columns)), found.columns)
+    axes.set_yticks(range(len(found.index)), found.index)
+    axes.set(xlabel=found.columns.name, ylabel=found.index.name)
+    figure.colorbar(image, label=exported["sweep"]["objective"]["metric"])
+    return figure
 
 
 def agreement(rows: list[dict], metric: str) -> str:

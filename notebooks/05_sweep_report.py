@@ -44,14 +44,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
-above = [Path.cwd(), *Path.cwd().parents]
-places = above + [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
-if home:
-    sys.path.insert(0, str(home))
-elif importlib.util.find_spec("atlas_lib") is None:
-    source = f"git+{REPOSITORY}@{REF}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", source], check=True)
+if importlib.util.find_spec("atlas_lib") is None:
+    places = [Path.cwd(), *Path.cwd().parents]
+    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
+    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
+    if home is None:
+        subprocess.run(pip, check=True)
+    sys.path[:0] = [str(home)] if home else []
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -61,7 +61,7 @@ import json
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, runtime, sweep_report
+from atlas_lib import artifacts, figures, notebooks, runtime, sweep_report
 from atlas_lib import config as configuration
 
 config = configuration.load(CONFIG, OVERLAY, SET)
@@ -131,9 +131,10 @@ for place, row in enumerate(points):
     axes.plot(row["value"], place, "|", color="#c44e52", markersize=14, markeredgewidth=2)
 axes.set_yticks(range(len(points)), names)
 axes.invert_yaxis()
-axes.set(xlabel=f"{metric}: seeds (dots), mean (red), 95 % over prompts (bar)\n{config.label}")
+axes.set(xlabel=f"{metric}: seeds (dots), mean (red), 95 % over prompts (bar)")
 axes.set_title(f"Best of {len(points)}: {names[0]}")
-plt.show()
+alt = f"{metric} of every point, best first, with its seeds; {names[0]} is at {best['value']:.3f}."
+figures.show(figure, alt, config.label)
 
 # %% [markdown]
 # Bars that overlap do not yet mean that two points are alike: they were asked the *same* prompts,
@@ -179,8 +180,8 @@ for row, color in zip(points, colors, strict=True):
 left.set(xlabel="step", ylabel="training loss", title="Loss by point, best first")
 right.set(xlabel="validation loss", ylabel=metric, title=sweep_report.agreement(points, metric))
 left.legend(frameon=False, fontsize=6)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+alt = f"Training loss by step for {len(points)} points, and {metric} against validation loss."
+figures.show(figure, alt, config.label)
 
 # %% [markdown]
 # ## How the parameters act
@@ -189,28 +190,10 @@ plt.show()
 # trial, from its values on the left to what came out on the right.
 
 # %%
-if (surface := sweep_report.surface(exported, points)) is not None:
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    picture = axes.imshow(surface, cmap="viridis", aspect="auto")
-    for (y, x), value in sweep_report.cells(surface):
-        axes.text(
-            x,
-            y,
-            f"{value:.3f}",
-            ha="center",
-            va="center",
-            color="white",
-            fontsize=9,
-            bbox={"facecolor": "black", "alpha": 0.35, "edgecolor": "none"},
-        )
-    axes.set_xticks(range(len(surface.columns)), surface.columns)
-    axes.set_yticks(range(len(surface.index)), surface.index)
-    axes.set(xlabel=surface.columns.name, ylabel=surface.index.name)
-    axes.set_title(f"{metric} is {direction}d at {sweep_report.label(best)}")
-    figure.colorbar(picture, label=metric)
-else:
-    sweep_report.parallel_coordinates(exported)
-plt.show()
+figure = sweep_report.picture(exported, points)
+figure.axes[0].set_title(f"{metric} is {direction}d at {sweep_report.label(best)}", fontsize=10)
+alt = f"{metric} over {', '.join(sweep['space'])}; the best is {sweep_report.label(best)}."
+figures.show(figure, alt, config.label)
 
 # %% [markdown]
 # A maximum at the edge of the picture says that the space was too small: the next sweep should go
@@ -286,3 +269,6 @@ headline.update(
 # prompts are left alone until the choice is made.
 #
 # **Next:** [03_sft_train](03_sft_train.ipynb) with the winning configuration, on all the data.
+
+# %%
+notebooks.keep("05_sweep_report", out)
