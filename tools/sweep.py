@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from atlas_lib import artifacts, notebooks, runtime, sweep_report
 from atlas_lib import config as configuration
@@ -35,6 +37,9 @@ def main() -> None:
         sys.exit("error: stopped; the same command goes on.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except (StorageInternalError, SQLAlchemyError) as error:
+        kind = type(error.__cause__ or error).__name__
+        sys.exit(f"error: The storage does not answer any more ({kind}); the same command goes on.")
 
 
 def parse() -> argparse.Namespace:
