@@ -48,10 +48,10 @@ def under_fire(home: Path, url: str, trials: int, kills: int) -> dict:
 
 def asking(home: Path, url: str, sampler: str, marks: tuple[int, ...]) -> dict:
     """Median milliseconds of a claim among the 20 before so many trials, recording left out."""
-    space = {"train.learning_rate": [n * 1e-6 for n in range(1, max(marks) // 2 + 1)]}
-    if sampler == "tpe":
-        space = {"train.learning_rate": {"log_uniform": [1e-6, 1e-2]}}
-    options = {"space": space | {"lora.r": [4, 8]}, "budget": {"trials": max(marks)}}
+    ten = range(1, 11)
+    rates = [n * 1e-5 for n in ten] if sampler == "grid" else {"log_uniform": [1e-5, 1e-4]}
+    space = {"train.learning_rate": rates, "lora.r": [*ten], "train.warmup_steps": [*ten]}
+    options = {"space": space, "budget": {"trials": max(marks)}}
     study = sweep_studies.Study(home, url, f"asking-{sampler}", sampler=sampler, **options)
     seconds = []
     for _ in range(max(marks)):

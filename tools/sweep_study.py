@@ -7,6 +7,7 @@ worker; the next one adopts that very trial, so that no point is ever tried or c
 
 import contextlib
 import fcntl
+import heapq
 import json
 import os
 import warnings
@@ -24,6 +25,7 @@ from atlas_lib.sweep import Sweep
 MOST_DEATHS = 5  # of a trial's workers: what kills every worker would otherwise never end
 SEED = "seed "  # before a seed, the name of the attribute with its results
 ASK = -1  # the lock beside the trials' numbers that makes asking one worker's business at a time
+NO_SAMPLER_YET = optuna.samplers.RandomSampler(seed=0)  # `use_sampler` brings the real one
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
@@ -139,6 +141,7 @@ def create(name: str, sweep: Sweep, storage: Any, fingerprint: str) -> optuna.St
     study = optuna.create_study(
         study_name=name,
         storage=storage,
+        sampler=NO_SAMPLER_YET,
         direction=sweep.objective.direction,
         load_if_exists=True,
     )
@@ -159,7 +162,7 @@ def create(name: str, sweep: Sweep, storage: Any, fingerprint: str) -> optuna.St
 def join(name: str, storage: Any) -> tuple[optuna.Study, Sweep]:
     """A study that is there, and its sweep. Raises ValueError."""
     try:
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage, sampler=NO_SAMPLER_YET)
         given = study.user_attrs["sweep"]
     except KeyError:
         known = ", ".join(sorted(s.study_name for s in optuna.get_all_study_summaries(storage)))
@@ -169,12 +172,20 @@ def join(name: str, storage: Any) -> tuple[optuna.Study, Sweep]:
     return study, Sweep.model_validate(given)
 
 
-def sampler(sweep: Sweep, asked: int) -> optuna.samplers.BaseSampler:
-    """Asks are one after another, so a TPE seeded by their count never repeats another worker's."""
+def use_sampler(study: optuna.Study, sweep: Sweep, asked: int) -> None:
+    """Give a study its sampler before this process asks first; it remembers what it has seen.
+
+    Asks come one after another, so a TPE seeded by their count never repeats another worker's.
+    """
+    if not isinstance(study.sampler, optuna.samplers.RandomSampler):
+        return
     if sweep.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=asked, multivariate=True, constant_liar=True)
-    space = {key: [sweeps.encode(v) for v in values] for key, values in sweep.space.items()}
-    return optuna.samplers.GridSampler(space, seed=0)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=asked, multivariate=True, constant_liar=True
+        )
+    else:
+        space = {key: [sweeps.encode(v) for v in values] for key, values in sweep.space.items()}
+        study.sampler = optuna.samplers.GridSampler(space, seed=0)
 
 
 def suggest(trial: Trial, sweep: Sweep) -> dict[str, Any]:
@@ -195,10 +206,9 @@ def retried(trials: list[FrozenTrial]) -> set[int]:
 def retry_failed(study: optuna.Study, held: Callable) -> int:
     """Queue every failed point once more; how many."""
     with held(ASK, wait=True):
-        trials = study.get_trials(deepcopy=False)
-        again = [
-            t for t in trials if t.state == TrialState.FAIL and t.number not in retried(trials)
-        ]
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        before = retried(study.get_trials(deepcopy=False))
+        again = [trial for trial in failed if trial.number not in before]
         for trial in again:
             study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
     return len(again)
@@ -206,11 +216,11 @@ def retry_failed(study: optuna.Study, held: Callable) -> int:
 
 def too_many_failures(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
     """The last error, if the trials that ended last have all failed, as many as are allowed."""
-    counted = [t for t in trials if t.number not in retried(trials)]
-    ended = sorted((t for t in counted if t.state.is_finished()), key=lambda t: t.datetime_complete)
-    most = sweep.budget.consecutive_failures
-    if len(ended) >= most and all(t.state == TrialState.FAIL for t in ended[-most:]):
-        reason = ended[-1].user_attrs.get("error", "unknown")
+    again, most = retried(trials), sweep.budget.consecutive_failures
+    counted = [t for t in trials if t.state.is_finished() and t.number not in again]
+    ended = heapq.nlargest(most, counted, key=lambda trial: trial.datetime_complete)
+    if len(ended) == most and all(trial.state == TrialState.FAIL for trial in ended):
+        reason = ended[0].user_attrs.get("error", "unknown")
         return f"{most} trials failed one after another, the last one because: {reason}"
     return None
 
@@ -221,8 +231,7 @@ def why_nothing_to_ask(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
         return failures
     if any(t.state == TrialState.WAITING for t in trials):
         return None
-    spent = sum(spent_hours(t) for t in trials)
-    if sweep.budget.hours and spent >= sweep.budget.hours:
+    if sweep.budget.hours and sum(map(spent_hours, trials)) >= sweep.budget.hours:
         return f"the budget of {sweep.budget.hours:g} device hours is spent"
     counted = len(trials) - len(retried(trials))
     return "every trial is taken" if counted >= sweeps.n_trials(sweep) else None
@@ -261,7 +270,7 @@ def claim(study: optuna.Study, sweep: Sweep, held: Callable) -> Claim | str | No
         trials = study.get_trials(deepcopy=False)
         if reason := why_nothing_to_ask(sweep, trials):
             return None if any(t.state == TrialState.RUNNING for t in trials) else reason
-        study.sampler = sampler(sweep, len(trials))
+        use_sampler(study, sweep, len(trials))
         trial, lease = study.ask(), contextlib.ExitStack()
         file = lease.enter_context(held(trial.number, wait=True))
         suggest(trial, sweep)
@@ -279,7 +288,7 @@ def _adopt(study: optuna.Study, sweep: Sweep, frozen: FrozenTrial) -> Trial | No
     if deaths > MOST_DEATHS:
         fail(study, trial_id, f"its worker died {deaths} times; the last lines of its log say why")
         return None
-    study.sampler = sampler(sweep, frozen.number)
+    use_sampler(study, sweep, frozen.number)
     trial = Trial(study, trial_id)
     suggest(trial, sweep)
     return trial
