@@ -202,9 +202,11 @@ def importance(exported: dict) -> dict[str, float]:
 
 
 def device_hours(exported: dict) -> float:
-    """What all trials and the stages that they share have cost."""
+    """What all trials, failed ones too, and the stages that they share have cost."""
     runs = [run for row in exported["trials"] for run in row["runs"].values()]
-    return (sum(run["seconds"] for run in runs) + exported["shared_seconds"]) / 3600
+    seconds = sum(run["seconds"] for run in runs)
+    seconds += sum(row["failed_seconds"] for row in exported["trials"])
+    return (seconds + exported["shared_seconds"]) / 3600
 
 
 def overhead(exported: dict) -> dict[str, float]:
@@ -212,7 +214,8 @@ def overhead(exported: dict) -> dict[str, float]:
     runs = [run for row in exported["trials"] for run in row["runs"].values() if run["parts"]]
     if not runs:
         return {}
-    parts = {name: plain.mean(run["parts"][name] for run in runs) for name in runs[0]["parts"]}
+    names = dict.fromkeys(name for run in runs for name in run["parts"])
+    parts = {name: plain.mean(run["parts"].get(name, 0.0) for run in runs) for name in names}
     parts["asking Optuna"] = plain.mean(run["ask_seconds"] for run in runs)
     rest = sum(seconds for name, seconds in parts.items() if not name.endswith(": work"))
     return parts | {"overhead": rest}

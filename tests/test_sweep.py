@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import yaml
 from sweep_studies import TRIVIAL, Study, command, finished, kill_at_random, starts, wait_for
@@ -204,6 +205,29 @@ def test_a_lost_trial_is_taken_over_in_its_own_folder(tmp_path):
 SLOW = {"label": '{"sleep": 3}', "train.learning_rate": 1e-3}
 
 
+def test_a_run_that_is_killed_is_done_again(tmp_path):
+    study = Study(tmp_path / "home", seeds=[1], space={"lora.r": [4]}, set=SLOW)
+    worker = study.worker()
+    wait_for(lambda: starts(study) == {0: 1})
+    [run] = psutil.Process(worker.pid).children()
+    run.kill()
+    assert "failed" not in finished(worker)
+    assert study.each_point_once()
+    assert starts(study) == {0: 2}
+
+
+def test_the_runner_says_that_a_notebook_was_killed_as_the_sweep_expects():
+    assert sweep_trial.KILLED in (ROOT / "atlas_lib" / "notebooks.py").read_text("utf-8")
+
+
+def test_trials_are_runs_of_one_group(tmp_path):
+    study = Study(tmp_path / "home")
+    finished(study.worker())
+    told = [json.loads(p.read_bytes()) for p in study.home.glob("trials/*/*/environment.json")]
+    assert {environment["WANDB_RUN_GROUP"] for environment in told} == {"trivial"}
+    assert len({environment["WANDB_NAME"] for environment in told}) == 8
+
+
 def test_stopping_a_worker_stops_its_run_and_is_no_death(tmp_path):
     study = Study(tmp_path / "home", seeds=[1], space={"lora.r": [4]}, set=SLOW)
     worker = study.worker()
@@ -249,6 +273,7 @@ def test_a_failed_trial_has_its_error_and_stops_nothing(tmp_path):
     assert "failed: rank 8 was told to fail" in output
     assert len(study.trials(COMPLETE)) == 2
     assert {t.user_attrs["error"] for t in study.trials(FAIL)} == {"rank 8 was told to fail"}
+    assert all(sweep_study.spent_hours(trial) > 0 for trial in study.trials(FAIL))
 
 
 def test_failures_in_a_row_stop_the_sweep_and_can_be_tried_again(tmp_path):
@@ -411,6 +436,7 @@ def a_row(number: int, passed: list[list[int]], **varied) -> dict:
     value = sum(run["dev_strict"] for run in runs.values()) / len(runs)
     row = {"number": number, "state": "COMPLETE", "value": value, "params": varied}
     row |= {"point": varied, "varied": varied, "runs": runs, "error": None, "deaths": 0}
+    row |= {"failed_seconds": 0.0}
     return row | {"retried": False}
 
 

@@ -6,6 +6,7 @@ behave: sleep so many seconds, or fail with those words.
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,9 +26,11 @@ def main() -> None:
     out = Path(args.out)
     with (out / "starts.txt").open("a") as file:
         file.write("started\n")
+    given = {name: os.environ.get(name) for name in ("WANDB_RUN_GROUP", "WANDB_NAME")}
+    artifacts.write_json(out / "environment.json", given)
     does = json.loads(values["label"]) if "label" in values else {}
     time.sleep(does.get("sleep", 0))
-    if values["lora.r"] in does.get("fails", []):
+    if "03_sft_train" in args.stages and values["lora.r"] in does.get("fails", []):
         sys.exit(f"error: rank {values['lora.r']} was told to fail")
     loss = float(values["train.learning_rate"]) * 1000 + values["lora.r"] / 100
     loss += values["train.seed"] / 1e6

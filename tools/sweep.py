@@ -106,10 +106,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{sweep_study.retry_failed(study, held)} failed points are queued again")
     n, seeds = sweeps.n_trials(sweep), len(sweep.seeds)
     print(f"{args.study}: {n} trials x {seeds} seeds, {workers} workers", flush=True)
-    supervise(args, workers)
+    failed = supervise(args, workers)
     trials = study.get_trials(deepcopy=False)
     if failures := sweep_study.too_many_failures(sweep, trials):
         raise RuntimeError(f"{failures} (mend it, then run with --retry-failed)")
+    if failed and not sweep_study.why_nothing_to_ask(sweep, trials):
+        raise RuntimeError(f"{failed} workers failed, their last lines say why; the sweep goes on.")
     if not any(t.state == TrialState.COMPLETE for t in trials):
         raise RuntimeError("No trial was completed; `status` lists their errors.")
     if "04_ifeval_eval" in sweep.stages:
@@ -117,8 +119,8 @@ def run(args: argparse.Namespace) -> None:
     report(args)
 
 
-def supervise(args: argparse.Namespace, workers: int) -> None:
-    """Run the workers until all end; one that is killed is replaced, up to a bound."""
+def supervise(args: argparse.Namespace, workers: int) -> int:
+    """Run the workers until all end; how many failed. One that is killed is replaced, in bounds."""
     command = [sys.executable, "-m", "tools.sweep", "work", "--study", args.study]
     command += ["--home", str(home_of(args))]
     environment = os.environ | {STORAGE: args.storage, sweep_worker.WORKERS: str(workers)}
@@ -138,8 +140,7 @@ def supervise(args: argparse.Namespace, workers: int) -> None:
             process.terminate()
         for process in processes:
             process.wait()
-    if failed := [p for p in processes if p.returncode]:
-        raise RuntimeError(f"{len(failed)} workers failed; their last lines say why.")
+    return sum(process.returncode != 0 for process in processes)
 
 
 def look_once(study: Any, sweep: sweeps.Sweep, held: Any, home: Path) -> None:
@@ -193,6 +194,7 @@ def export(study: Any, sweep: sweeps.Sweep, home: Path) -> dict:
             "varied": sweeps.varied(sweep, t.params),
             "runs": sweep_study.runs(t),
             "error": t.user_attrs.get("error"),
+            "failed_seconds": t.user_attrs.get(sweep_study.FAILED_SECONDS, 0.0),
             "deaths": t.user_attrs.get("deaths", 0),
             "retried": t.number in again,
         }

@@ -23,6 +23,7 @@ from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
 
 MOST_DEATHS = 5  # of a trial's workers: what kills every worker would otherwise never end
+FAILED_SECONDS = "failed_seconds"  # what the seed that failed a trial has cost
 SEED = "seed "  # before a seed, the name of the attribute with its results
 ASK = -1  # the lock beside the trials' numbers that makes asking one worker's business at a time
 NO_SAMPLER_YET = optuna.samplers.RandomSampler(seed=0)  # `use_sampler` brings the real one
@@ -244,7 +245,8 @@ def runs(trial: FrozenTrial) -> dict[str, dict]:
 
 
 def spent_hours(trial: FrozenTrial) -> float:
-    return sum(run["seconds"] for run in runs(trial).values()) / 3600
+    seconds = sum(run["seconds"] for run in runs(trial).values())
+    return (seconds + trial.user_attrs.get(FAILED_SECONDS, 0.0)) / 3600
 
 
 class Claim(NamedTuple):
@@ -299,8 +301,9 @@ def stopped(trial: Trial) -> None:
     trial.set_user_attr("deaths", trial.user_attrs.get("deaths", 0) - 1)
 
 
-def fail(study: optuna.Study, trial_id: int, reason: str) -> None:
-    """Record a failed trial with its error."""
+def fail(study: optuna.Study, trial_id: int, reason: str, seconds: float = 0.0) -> None:
+    """Record a failed trial with its error and what it has cost beside its finished seeds."""
+    study._storage.set_trial_user_attr(trial_id, FAILED_SECONDS, seconds)
     study._storage.set_trial_user_attr(trial_id, "error", reason)
     study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 

@@ -20,6 +20,8 @@ from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
 from tools import sweep_study
 
+ATTEMPTS = 3  # at a run whose process is killed: each goes on where the last one was
+KILLED = "its process was killed"  # what tools.run says when a notebook's own process is gone
 TICK = 5.0  # seconds: how exactly a killed run's time is known
 MOST_POINTS = 200  # of a loss curve in the storage
 # The cell of a notebook that does the work; all the rest is overhead.
@@ -64,19 +66,31 @@ def earlier(sweep: Sweep) -> list[str]:
 def execute(
     sweep: Sweep, stages: list[str], overrides: dict, out: Path, environment: dict, locks: list
 ) -> None:
-    """The sweep's runner on these stages; its output goes to OUT/log.txt. Raises RuntimeError."""
+    """The sweep's runner on these stages. Raises RuntimeError."""
     command = [sys.executable, "-m", sweep.runner, *stages, "--out", str(out)]
     command += ["--config", sweep.config, "--overlay", sweep.overlay]
     for key, value in overrides.items():
         command += ["--set", f"{key}={_as_yaml(value)}"]
-    _run(command, out, environment, locks)
+    _run_through(command, out, environment, locks)
 
 
 def _as_yaml(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, width=float("inf")).strip()[1:-1]
 
 
-def _run(command: list[str], out: Path, environment: dict, locks: list) -> None:
+def _run_through(command: list[str], out: Path, environment: dict, locks: list) -> None:
+    """Run it until it ends by itself. Raises RuntimeError with its own words."""
+    for _ in range(ATTEMPTS):
+        status, said = _run(command, out, environment, locks)
+        if status == 0:
+            return
+        if status > 0 and KILLED not in said:
+            break
+    raise RuntimeError(said)
+
+
+def _run(command: list[str], out: Path, environment: dict, locks: list) -> tuple[int, str]:
+    """(exit status, its error in a sentence); the output goes to OUT/log.txt."""
     log = out / "log.txt"
     with log.open("ab") as file:
         start = file.tell()
@@ -90,12 +104,11 @@ def _run(command: list[str], out: Path, environment: dict, locks: list) -> None:
             pass_fds=[lock.fileno() for lock in locks],
         )
         status = _wait(process, out / "spent.json")
-    if status:
-        with log.open("rb") as file:
-            file.seek(start)
-            lines = file.read().decode(errors="replace").splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise RuntimeError(said[-1] if said else f"it ended with status {status}; see {log}")
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return status, said[-1] if said else f"it ended with status {status}; see {log}"
 
 
 def _wait(process: subprocess.Popen, spent: Path) -> int:
@@ -151,7 +164,7 @@ def _identity(sweep: Sweep, config: Any) -> str:
 def _ask_base(sweep: Sweep, overrides: dict, out: Path, environment: dict, locks: list) -> None:
     parameters = {"CONFIG": sweep.config, "OVERLAY": sweep.overlay, "SET": overrides}
     command = [sys.executable, "-m", "atlas_lib.grid", json.dumps(parameters), "", str(out), "base"]
-    _run(command, out, environment, locks)
+    _run_through(command, out, environment, locks)
 
 
 def borrow(shared: Path | None, out: Path) -> None:
@@ -187,7 +200,7 @@ def collect(sweep: Sweep, out: Path) -> dict[str, Any]:
     """What a run left, small enough for the storage. Raises RuntimeError if some is missing."""
     try:
         found: dict[str, Any] = {"seconds": read_spent(out / "spent.json")}
-        if "03_sft_train" in sweep.stages:
+        if "03_sft_train" in stages_until(sweep):
             found |= _trained(out / "03_sft_train")
         if "04_ifeval_eval" in sweep.stages:
             found |= _evaluated(out / "04_ifeval_eval")

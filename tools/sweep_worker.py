@@ -64,7 +64,9 @@ def one_trial(study, sweep, trial, home, environment, locks, asked: float) -> No
     except (RuntimeError, ValueError, OSError) as error:
         print(f"trial {trial.number} failed: {error}", flush=True)
         with contextlib.suppress(UpdateFinishedTrialError):
-            sweep_study.fail(study, trial._trial_id, str(error))
+            failed = sweep_trial.folder(home, trial.number, seed) / "spent.json"
+            seconds = sweep_trial.read_spent(failed)
+            sweep_study.fail(study, trial._trial_id, str(error), seconds)
         return
     if not counted:
         print(f"trial {trial.number} was ended by another worker: not counted again", flush=True)
