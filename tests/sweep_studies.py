@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from atlas_lib import config as configuration
 from atlas_lib import sweep as sweeps
-from tools import sweep_study
+from tools import sweep_storage, sweep_study
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIVIAL = {
@@ -48,10 +48,10 @@ class Study:
     def __init__(self, home: Path, storage: str = "", name: str = "trivial", **changes):
         self.home, self.url, self.name = home, storage, name
         self.sweep = sweeps.validate(TRIVIAL | {"name": name} | changes)
-        self.storage = sweep_study.open_storage(storage, home)
+        self.storage = sweep_storage.open_storage(storage, home)
         digest = configuration.load(self.sweep.config, self.sweep.overlay, self.sweep.set).digest()
         self.study = sweep_study.create(name, self.sweep, self.storage, digest)
-        self.held = sweep_study.locks(self.storage, self.study, home)
+        self.held = sweep_storage.locks(self.storage, self.study, home)
 
     def claim(self):
         return sweep_study.claim(self.study, self.sweep, self.held)

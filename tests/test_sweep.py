@@ -18,7 +18,7 @@ from sweep_studies import TRIVIAL, Study, command, finished, kill_at_random, sta
 from atlas_lib import config as configuration
 from atlas_lib import ifeval, sweep_report
 from atlas_lib import sweep as sweeps
-from tools import dev_prompts, sweep_study, sweep_trial, sweep_worker
+from tools import dev_prompts, sweep_storage, sweep_study, sweep_trial, sweep_worker
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFICIAL_PROMPTS = ROOT.parent / "shared" / "data" / "ifeval_input_data.jsonl"
@@ -283,9 +283,9 @@ def test_failures_in_a_row_stop_the_sweep_and_can_be_tried_again(tmp_path):
     output = finished(process)
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith("error: 2 trials failed one after another")
-    study = sweep_study.join("trivial", sweep_study.open_storage("", home))[0]
+    study = sweep_study.join("trivial", sweep_storage.open_storage("", home))[0]
     assert len(study.get_trials()) == 2
-    held = sweep_study.locks(study._storage, study, home)
+    held = sweep_storage.locks(study._storage, study, home)
     assert sweep_study.retry_failed(study, held) == 2
     assert sweep_study.retry_failed(study, held) == 0  # they are queued already
 
@@ -322,6 +322,41 @@ def test_tpe_stays_in_its_space_and_never_repeats_another_worker(tmp_path):
     assert "every trial is taken" in study.claim()
 
 
+def test_every_look_at_the_test_prompts_is_counted_once(tmp_path):
+    study = Study(tmp_path / "home")
+    for trial in (0, 0, 2):  # interrupted and continued, then another winner
+        sweep_study.record_look(study.study, study.held, {"trial": trial, "seed": 1})
+    assert [look["trial"] for look in study.study.user_attrs["looks"]] == [0, 2]
+
+
+def test_of_equal_points_the_first_wins(tmp_path):
+    study = Study(tmp_path / "home")
+    for value in (2.0, 1.0, 1.0, 3.0):
+        claimed = study.claim()
+        with claimed.lease:
+            sweep_study.complete(study.study, claimed.trial, value)
+    assert sweep_study.winner(study.study, study.sweep).number == 1
+
+
+@pytest.mark.slow
+def test_killed_workers_are_replaced_until_the_sweep_is_over(tmp_path):
+    """The only worker is killed, more than once; the command that started it sees it through."""
+    path, home = (
+        write_sweep(tmp_path, set={"label": '{"sleep": 0.5}'}, seeds=[1]),
+        tmp_path / "home",
+    )
+    sweep = command("run", path, "--home", home, "--workers", "1")
+    for number in (0, 1):
+        wait_for(lambda number=number: (home / "trials" / f"{number:04d}").is_dir())
+        [worker] = psutil.Process(sweep.pid).children()
+        worker.kill()
+    output = finished(sweep)
+    assert sweep.returncode == 0, output
+    exported = json.loads((home / "study.json").read_bytes())
+    assert [row["state"] for row in exported["trials"]] == ["COMPLETE"] * 4
+    assert (home / "notebooks" / "05_sweep_report.ipynb").is_file()
+
+
 def test_a_sweep_that_was_edited_is_not_mixed_with_its_old_study(tmp_path):
     Study(tmp_path / "home")
     with pytest.raises(ValueError, match="made with another seeds"):
@@ -342,7 +377,7 @@ def test_a_study_that_is_not_there_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("url", ["mysql://host/atlas", "host", "sqlite:///study.db"])
 def test_another_storage_is_refused(url, tmp_path):
     with pytest.raises(ValueError, match="postgresql:// URL"):
-        sweep_study.open_storage(url, tmp_path)
+        sweep_storage.open_storage(url, tmp_path)
 
 
 def test_a_line_that_a_power_cut_tore_is_cut_away(tmp_path):

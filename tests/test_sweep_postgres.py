@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 from sweep_studies import Study, command, finished, kill_at_random, starts, wait_for
 
-from tools import sweep_study
+from tools import sweep_storage
 
 pytestmark = [
     pytest.mark.network,
@@ -89,7 +89,7 @@ def test_a_wrong_password_is_one_sentence_without_it(url, tmp_path):
 
 def test_a_server_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(ConnectionError, match="PostgreSQL does not answer"):
-        sweep_study.open_storage("postgresql://atlas@127.0.0.1:9/atlas", tmp_path)
+        sweep_storage.open_storage("postgresql://atlas@127.0.0.1:9/atlas", tmp_path)
 
 
 def test_a_server_that_restarts_ends_workers_in_words_and_loses_nothing(tmp_path):

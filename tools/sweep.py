@@ -6,7 +6,6 @@ python -m tools.sweep status --study lr_rank
 """
 
 import argparse
-import datetime
 import os
 import signal
 import subprocess
@@ -22,8 +21,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from atlas_lib import artifacts, notebooks, runtime, sweep_report
 from atlas_lib import config as configuration
 from atlas_lib import sweep as sweeps
-from tools import sweep_study, sweep_trial, sweep_worker
+from tools import sweep_storage, sweep_study, sweep_trial, sweep_worker
 
+STARTS = 5  # of a worker: it is replaced when it is killed, but not for ever
 HOME = runtime.ROOT / "runs" / "sweeps"
 STORAGE = "ATLAS_SWEEP_STORAGE"  # a URL may hold a password, which no process list should show
 
@@ -68,13 +68,13 @@ def opened(args: argparse.Namespace) -> tuple[Any, sweeps.Sweep, Any, Path]:
     home = home_of(args)
     if not args.storage and not (home / "journal.log").is_file():
         raise ValueError(f"{home} has no journal.log; start it with `run`, or give --storage.")
-    storage = sweep_study.open_storage(args.storage, home)
+    storage = sweep_storage.open_storage(args.storage, home)
     study, sweep = sweep_study.join(args.study, storage)
     if study.user_attrs["fingerprint"] != fingerprint(sweep):
         raise ValueError(
             f"This checkout resolves {sweep.config} differently than the study's; use the same."
         )
-    return study, sweep, sweep_study.locks(storage, study, home), home
+    return study, sweep, sweep_storage.locks(storage, study, home), home
 
 
 def work(args: argparse.Namespace) -> None:
@@ -96,12 +96,12 @@ def fingerprint(sweep: sweeps.Sweep) -> str:
 def run(args: argparse.Namespace) -> None:
     sweep = sweeps.load(args.sweep)
     args.study = args.study or sweep.name
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; give 1 or more.")
     workers = args.workers or sweep.workers or max(1, len(sweep_worker.gpus()))
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}; give 1 or more.")
-    storage = sweep_study.open_storage(args.storage, home_of(args))
+    storage = sweep_storage.open_storage(args.storage, home_of(args))
     study = sweep_study.create(args.study, sweep, storage, fingerprint(sweep))
-    held = sweep_study.locks(storage, study, home_of(args))
+    held = sweep_storage.locks(storage, study, home_of(args))
     if args.retry_failed:
         print(f"{sweep_study.retry_failed(study, held)} failed points are queued again")
     n, seeds = sweeps.n_trials(sweep), len(sweep.seeds)
@@ -124,17 +124,15 @@ def supervise(args: argparse.Namespace, workers: int) -> int:
     command = [sys.executable, "-m", "tools.sweep", "work", "--study", args.study]
     command += ["--home", str(home_of(args))]
     environment = os.environ | {STORAGE: args.storage, sweep_worker.WORKERS: str(workers)}
-    processes, spare = [], 3 * workers
+    processes, starts = [], 0
     try:
         while len(processes) < workers or any(p.poll() is None for p in processes):
-            killed = [p for p in processes if (p.poll() or 0) < 0]
-            processes = [p for p in processes if p not in killed]
-            spare -= len(killed)
-            while len(processes) < workers and spare >= 0:
+            while len(processes) < workers:
+                if (starts := starts + 1) > STARTS * workers:
+                    raise RuntimeError("Workers are killed again and again; the sweep is not over.")
                 processes.append(subprocess.Popen(command, cwd=runtime.ROOT, env=environment))
-            if spare < 0:
-                raise RuntimeError("Workers are killed again and again; the same command goes on.")
             time.sleep(0.2)
+            processes = [p for p in processes if (p.poll() or 0) >= 0]  # the killed ones leave
     finally:
         for process in processes:
             process.terminate()
@@ -144,17 +142,10 @@ def supervise(args: argparse.Namespace, workers: int) -> int:
 
 
 def look_once(study: Any, sweep: sweeps.Sweep, held: Any, home: Path) -> None:
-    """The winner answers the test prompts; the look is on record before it happens.
-
-    A look that was interrupted goes on and counts once; another winner would be another look.
-    """
-    winner = study.best_trial
+    """The winner answers the test prompts; the look is on record before it happens."""
+    winner = sweep_study.winner(study, sweep)
     looked = {"trial": winner.number, "seed": sweep.seeds[0]}
-    with held(sweep_study.ASK, wait=True):
-        looks = study.user_attrs.get("looks", [])
-        if not any(looked.items() <= look.items() for look in looks):
-            at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            study.set_user_attr("looks", [*looks, looked | {"at": at}])
+    sweep_study.record_look(study, held, looked)
     if study.user_attrs.get("final", {}).get("of") == looked:
         return
     print(f"The winner is trial {winner.number}: it answers the test prompts now.", flush=True)

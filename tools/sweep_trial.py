@@ -18,7 +18,7 @@ from atlas_lib import artifacts, runtime
 from atlas_lib import config as configuration
 from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
-from tools import sweep_study
+from tools import sweep_storage
 
 ATTEMPTS = 3  # at a run whose process is killed: each goes on where the last one was
 KILLED = "its process was killed"  # what tools.run says when a notebook's own process is gone
@@ -141,7 +141,7 @@ def build_shared(
         return None
     config = configuration.load(sweep.config, sweep.overlay, overrides)
     out = home / "shared" / _identity(sweep, config)
-    with sweep_study.file_lock(out.with_suffix(".lock")) as lock:
+    with sweep_storage.file_lock(out.with_suffix(".lock")) as lock:
         if not (out / "ready").is_file():
             out.mkdir(parents=True, exist_ok=True)
             execute(sweep, earlier(sweep), overrides, out, environment, [*locks, lock])

@@ -13,7 +13,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
-from tools import sweep_study, sweep_trial
+from tools import sweep_storage, sweep_study, sweep_trial
 
 WORKERS = "ATLAS_SWEEP_WORKERS"  # how many share this machine
 POLL = 2.0  # seconds between looks at what others do
@@ -109,7 +109,7 @@ def take_slot(stack: contextlib.ExitStack, sweep: Sweep, home: Path) -> tuple[An
     while True:
         for path, environment in (slots or own).items():
             attempt = contextlib.ExitStack()
-            if file := attempt.enter_context(sweep_study.file_lock(path, wait=False)):
+            if file := attempt.enter_context(sweep_storage.file_lock(path, wait=False)):
                 stack.enter_context(attempt)
                 return file, environment
             attempt.close()
