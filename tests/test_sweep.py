@@ -519,8 +519,8 @@ def test_seeds_that_overlap_forbid_the_word():
 
 
 def test_more_points_to_choose_from_take_more_to_convince():
-    """Six wins of six are p = 0.03 for one pair and nothing for the best of five points."""
-    best, other = a_row(0, [passing(16)], x=0), a_row(1, [passing(10)], x=1)
+    """Eight wins of eight, p = 0.008, would survive the four pairs shown, but ten were possible."""
+    best, other = a_row(0, [passing(18)], x=0), a_row(1, [passing(10)], x=1)
     assert verdicts([best, other]) == {1: "better"}
     more = [a_row(n, [passing(10)], x=n) for n in range(2, 5)]
     assert set(verdicts([best, other, *more]).values()) == {"not distinguishable"}
