@@ -4,6 +4,7 @@ import itertools
 import statistics as plain
 from typing import Any
 
+from atlas_lib import config as configuration
 from atlas_lib import statistics
 
 
@@ -222,16 +223,14 @@ def overhead(exported: dict) -> dict[str, float]:
 
 
 def winner_yaml(exported: dict, row: dict) -> str:
-    """A layer for configs/ that extends the sweep's recipe by the winning point."""
+    """A whole recipe: the sweep's, its overlay and, above both, the winning point."""
     import yaml
 
-    given, nested = exported["sweep"], {}
-    for key, value in (given["set"] | row["point"]).items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    text = yaml.safe_dump({"extends": given["config"], **nested}, sort_keys=False)
+    given = exported["sweep"]
+    above = configuration.layers(given["overlay"], given["set"] | row["point"])
+    merged = {"extends": given["config"], **above}
     origin = f"# The winner of {exported['study']}: trial {row['number']}, chosen on dev prompts."
-    return f"{origin}\n{text}"
+    return f"{origin}\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}"
 
 
 def as_text(exported: dict) -> str:

@@ -6,6 +6,7 @@ Studies here run in real processes on the journal file, with a runner that needs
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -531,11 +532,17 @@ def test_different_prompts_are_not_compared():
         sweep_report.compare(a_row(0, [passing(3, 5)]), a_row(1, [passing(3, 6)]))
 
 
-def test_the_winner_is_a_layer_that_loads(four_points, tmp_path, monkeypatch):
+def test_the_winner_is_a_recipe_that_loads(four_points, tmp_path, monkeypatch):
+    """The overlay's own learning rate is 5e-3: beside the recipe it would undo the winner's."""
     best = sweep_report.points(four_points)[0]
-    layer = yaml.safe_load(sweep_report.winner_yaml(four_points, best))
-    assert layer.pop("extends") == "sft_qwen05b"
-    assert layer == {"train": {"learning_rate": 1e-3}, "lora": {"r": 4}}
+    shutil.copytree(configuration.FOLDER, tmp_path / "configs")
+    winner = tmp_path / "configs" / "winner.yaml"
+    winner.write_text(sweep_report.winner_yaml(four_points, best), "utf-8")
+    monkeypatch.setattr(configuration, "FOLDER", tmp_path / "configs")
+    config = configuration.load("winner")
+    assert (config.train.learning_rate, config.lora.r) == (1e-3, 4)
+    assert config.model.base == "embedded:base"
+    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def test_costs_and_overhead(four_points):
@@ -569,4 +576,4 @@ def test_the_report_page(n, four_points, tmp_path):
     assert "learning_rate 0.001, r 4 is first with dev_strict" in shown
     assert "looks at the test prompts: 1" in shown
     assert shown.count("image/png") >= 3
-    assert yaml.safe_load((tmp_path / "winner.yaml").read_text("utf-8"))["lora"] == {"r": 4}
+    assert yaml.safe_load((tmp_path / "winner.yaml").read_text("utf-8"))["lora"]["r"] == 4
