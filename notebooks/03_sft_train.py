@@ -157,22 +157,20 @@ recompute = memory.must_checkpoint(base, config, device)
 
 # %%
 checkpoints = callbacks.Checkpoints(config, out, device, [source, audited])
-arguments = SFTConfig(
-    **{
-        "seed": config.seed,
-        "fp16": device.dtype == "float16",
-        "bf16": device.dtype == "bfloat16",
-        "use_cpu": device.name == "cpu",
-        "disable_tqdm": True,
-        **config.train.model_dump(exclude_unset=True),
-        "output_dir": str(checkpoints.folder),
-        "activation_checkpointing": recompute,
-        "report_to": runtime.report_to(config, out),
-    }
-)
+arguments = {
+    "seed": config.seed,
+    "fp16": device.dtype == "float16",
+    "bf16": device.dtype == "bfloat16",
+    "use_cpu": device.name == "cpu",
+    "disable_tqdm": True,
+    **config.train.model_dump(exclude_unset=True),
+    "output_dir": str(checkpoints.folder),
+    "activation_checkpointing": recompute,
+    "report_to": runtime.report_to(config, out),
+}
 trainer = SFTTrainer(
     model=base,
-    args=arguments,
+    args=SFTConfig(**memory.named_for_trainer(arguments)),
     train_dataset=Dataset.from_list([{"messages": conversations[idx]} for idx in kept]),
     eval_dataset=Dataset.from_list(
         [{"messages": chat} for chat in data.read(source, "validation")]
