@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE = ROOT / "requirements-kaggle.txt"
 STAGES = ["01_data_prep", "02_template_audit", "03_sft_train", "04_ifeval_eval"]
 SITE = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-FOREIGN = "ATLAS COLAB CUDA GIT_ HF_ JUPYTER KAGGLE PYTHON VIRTUAL WANDB".split()
+FOREIGN = ("ATLAS", "COLAB", "CUDA", "GIT_", "HF_", "JUPYTER", "KAGGLE", "PYTHON", "VIRTUAL")
+FOREIGN += ("WANDB",)
 
 # Which exception of the platform's client an absent secret ends in, or a secret for every name.
 KAGGLE_SECRETS = """
@@ -102,9 +103,12 @@ def overlay(folder: Path, *sites: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def kaggle_session(folder: Path) -> Path:
-    """A session's python on Kaggle: the image with papermill, and Kaggle's client of secrets."""
-    python = overlay(folder, image() / SITE, image() / "papermill")
+def kaggle_session(folder: Path, *more: Path) -> Path:
+    """A session's python on Kaggle: the image with papermill, and Kaggle's client of secrets.
+
+    `more` are site-packages of sessions into which a bootstrap has installed: the time is saved.
+    """
+    python = overlay(folder, *more, image() / SITE, image() / "papermill")
     (folder / SITE / "kaggle_secrets.py").write_text(KAGGLE_SECRETS, "utf-8")
     return python
 
@@ -124,7 +128,7 @@ def colab_session(folder: Path) -> Path:
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     """The environment without what belongs to this checkout, this user or another platform."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(tuple(FOREIGN))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     cache = run(sys.executable, "-m", "pip", "cache", "dir").stdout.strip()  # not in the new HOME
     quick = {"PIP_CACHE_DIR": cache, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     home.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 def kaggle(folder: Path, **more: str) -> dict[str, str]:
     """The environment of a Kaggle session with its folders below `folder`; Colab's names too."""
-    (folder / "working").mkdir(parents=True)
+    (folder / "working").mkdir(parents=True, exist_ok=True)
     (folder / "input").mkdir(exist_ok=True)
     names = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "ATLAS_KAGGLE": str(folder), "GIT_COMMIT": "f00d"}
     names |= {"COLAB_GPU": "", "COLAB_RELEASE_TAG": "release-colab-external", "BUILD_DATE": "2026"}
@@ -147,9 +151,35 @@ def attach(folder: Path, stage: str, output: Path) -> None:
     shutil.copytree(output, target)
 
 
-def batch(python: Path, page: Path, working: Path, env: dict) -> subprocess.CompletedProcess:
+def batch(
+    python: Path, page: Path, working: Path, env: dict, **parameters: str
+) -> subprocess.CompletedProcess:
     """Run a page as Kaggle does: from one file elsewhere, with papermill, in the working folder."""
     command = [python, "-m", "papermill", "--no-progress-bar", page, "__notebook__.ipynb"]
+    command += [part for name, value in parameters.items() for part in ("-p", name, value)]
+    return subprocess.run(
+        [str(part) for part in command], cwd=working, env=env, capture_output=True, text=True
+    )
+
+
+INTERACTIVE = """
+import sys, nbformat
+from nbclient import NotebookClient
+
+page = nbformat.read(sys.argv[1], as_version=4)
+page.cells *= int(sys.argv[3])
+try:
+    NotebookClient(page, kernel_name="python3").execute()
+finally:
+    nbformat.write(page, sys.argv[2])
+"""
+
+
+def run_all(
+    python: Path, page: Path, working: Path, env: dict, times: int = 1
+) -> subprocess.CompletedProcess:
+    """Run All in one kernel, without papermill; what it showed is in `working`/page.ipynb."""
+    command = [python, "-c", INTERACTIVE, page, "page.ipynb", times]
     return subprocess.run(
         [str(part) for part in command], cwd=working, env=env, capture_output=True, text=True
     )
