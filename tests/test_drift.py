@@ -19,10 +19,10 @@ from atlas_lib import artifacts, bootstrap
 ROOT = twin.ROOT
 DRIFT = ROOT / "build" / "drift.json"
 # torch is the same in all sets, so what differs comes from the libraries above it. Rows and labels
-# may not move at all. Losses may by rounding that three epochs amplify. Of 200 prompts in a row of
-# the grid, a few stand on the edge.
+# may not move at all. Losses and shares may by rounding, which three epochs amplify, and by the few
+# of 242 prompts that stand on the edge; measured, the three sets agreed in all four digits shown.
 EXACT = ("rows", "tokens", "supervised", "labels")
-TOLERANCE = {"loss": 0.05, "share": 0.05}
+TOLERANCE = {"loss": 0.01, "share": 0.02}
 
 
 def pinned(folder: Path) -> Path:
@@ -122,8 +122,8 @@ FIGURES = dict.fromkeys(EXACT, 1) | {"last_loss": 1.0, "SFT chat strict share": 
 
 @pytest.mark.parametrize(
     ("moved", "found"),
-    [({"last_loss": 1.04}, []), ({"last_loss": 1.06}, ["last_loss"]), ({"tokens": 2}, ["tokens"]),
-     ({"SFT chat strict share": 0.44}, ["SFT chat strict share"])],
+    [({"last_loss": 1.009}, []), ({"last_loss": 1.011}, ["last_loss"]), ({"tokens": 2}, ["tokens"]),
+     ({"SFT chat strict share": 0.47}, ["SFT chat strict share"])],
 )  # fmt: skip
 def test_a_drift_that_is_too_far_is_found(moved, found):
     assert too_far(FIGURES | moved, FIGURES) == found
