@@ -2,27 +2,28 @@
 #   make run ARGS="--set seed=1 --out runs/seed1"
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := $(BIN)/python -m tools.run
+NOTEBOOKS := $(BIN)/python -m tools.run
 .DEFAULT_GOAL := run
-.PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels bench clean
+.PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
+  publish site bench clean
 
 setup: .venv/run.stamp  ## what running needs
 
 run: setup              ## the whole experiment on the offline stand-in, no GPU, no hub
-	@$(RUN) --overlay offline $(ARGS)
+	@$(NOTEBOOKS) --overlay offline $(ARGS)
 
 run-real: setup         ## the same notebooks on SmolLM2-135M-Instruct, about 15 minutes on two cores
 	@$(BIN)/python -m tools.smollm2
-	@$(RUN) --overlay smollm2 $(ARGS)
+	@$(NOTEBOOKS) --overlay smollm2 $(ARGS)
 
 sft-smoke: setup        ## 50 steps of the published recipe on a GPU, nothing is pushed
-	@$(RUN) 01_data_prep 02_template_audit 03_sft_train --overlay smoke $(ARGS)
+	@$(NOTEBOOKS) 01_data_prep 02_template_audit 03_sft_train --overlay smoke $(ARGS)
 
 sft: setup              ## the published recipe on a GPU
-	@$(RUN) 01_data_prep 02_template_audit 03_sft_train $(ARGS)
+	@$(NOTEBOOKS) 01_data_prep 02_template_audit 03_sft_train $(ARGS)
 
 eval: setup             ## base, SFT and Instruct on IFEval, on a GPU
-	@$(RUN) 04_ifeval_eval $(ARGS)
+	@$(NOTEBOOKS) 04_ifeval_eval $(ARGS)
 
 test: .venv/dev.stamp   ## everything that needs only Python
 	@$(BIN)/python -m pytest $(ARGS)
@@ -43,6 +44,12 @@ notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sourc
 kernels: .venv/dev.stamp  ## Kaggle kernels into build/kaggle; ARGS=chain pushes them, and waits
 	@$(BIN)/python -m tools.kernels $(or $(ARGS),build)
 
+publish: .venv/dev.stamp  ## checked pages and metrics of a finished run into results/: RUN=folder
+	@$(BIN)/python -m tools.publish $(RUN) $(ARGS)
+
+site: .venv/dev.stamp   ## the write-up as a website, from results/ into build/site
+	@$(BIN)/python -m tools.site
+
 bench: .venv/dev.stamp  ## speed and memory, as ratios in one run each; JSON into results/
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json
 	@$(BIN)/python -m benchmarks.train --json results/bench_train.json
@@ -61,6 +68,6 @@ clean:                  ## forget runs and builds, keep the environment
 	@$(BIN)/python -m atlas_lib.ifeval punkt
 	@touch $@
 
-.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+.venv/dev.stamp: .venv/run.stamp requirements-dev.txt requirements-site.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

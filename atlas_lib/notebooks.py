@@ -103,15 +103,15 @@ def ran_through(stage: str, out: Path) -> bool:
         source = json.loads((FOLDER / f"{stage}.ipynb").read_bytes())
     except (OSError, ValueError, KeyError):
         return False
-    return bool(run["end_time"]) and not run["exception"] and _code(page) == _code(source)
+    done = bool(run["end_time"]) and not run["exception"]
+    return done and sources(page, ("code",)) == sources(source, ("code",))
 
 
-def _code(page: dict) -> list[str]:
-    """The sources of the code cells, without the one that papermill injected."""
-    cells = [cell for cell in page["cells"] if cell["cell_type"] == "code"]
-    tags = [cell["metadata"].get("tags", []) for cell in cells]
+def sources(page: dict, kinds: tuple[str, ...] = ("code", "markdown")) -> list[str]:
+    """The sources of the cells of these kinds, without the one that papermill injected."""
     return [
         "".join(cell["source"])
-        for cell, tagged in zip(cells, tags, strict=True)
-        if "injected-parameters" not in tagged
+        for cell in page["cells"]
+        if cell["cell_type"] in kinds
+        and "injected-parameters" not in cell["metadata"].get("tags", [])
     ]

@@ -85,9 +85,11 @@ for message in train[0]["messages"]:
 #
 # ## The whole slice
 #
-# The recipe takes 5,000 conversations: about a quarter of an hour on one T4, and past that a model
-# of half a billion parameters gains little. The same number of preference pairs is what a later
-# phase would use, so that methods are compared and not amounts of data.
+# The recipe takes 5,000 conversations of UltraChat: several turns each, on many topics, and the
+# source from which the preference data of a later phase derives. OpenHermes is mostly single-turn,
+# Alpaca short. 5,000 are about a quarter of an hour on one T4, where all 200,000 would take twelve;
+# past that a model of half a billion parameters is said to gain little. A later phase uses about as
+# many preference pairs, so that methods are compared and not amounts of data.
 
 # %%
 import pandas as pd
@@ -109,17 +111,18 @@ pd.DataFrame(descriptions).T.rename_axis("split")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from atlas_lib import figures
+
 answers = [
     len(m["content"]) for chat in train["messages"] for m in chat if m["role"] == "assistant"
 ]
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.hist(answers, bins=50, color="#4c72b0")
 axes.set(xlabel="characters in one answer", ylabel="answers")
-axes.set_title(
-    f"Half of the {len(answers):,} answers are shorter than {np.median(answers):,.0f} characters"
-)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+middle = f"{np.median(answers):,.0f}"
+finding = f"Half of the {len(answers):,} answers are shorter than {middle} characters"
+axes.set_title(finding)
+figures.show(figure, f"Histogram of answer lengths. {finding}; few are very long.", config.label)
 
 # %% [markdown]
 # Read it from the right: the long tail is what truncation will cut, and an answer that is cut

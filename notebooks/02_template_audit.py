@@ -110,8 +110,8 @@ assert text == before, "the patch changed the rendered text"
 #
 # ## One conversation, coloured
 #
-# Green tokens are learned, grey ones are only read. In a terminal the same strip is plain text,
-# with the learned tokens between ⟦ and ⟧.
+# Tokens on green are learned, the others are only read. In a terminal, and where colours are taken
+# out, the same strip is plain text with the learned tokens between ⟦ and ⟧.
 
 
 # %%
@@ -121,7 +121,7 @@ import re
 
 def show_strip(row: dict) -> HTML:
     """The head of one audit row as coloured tokens."""
-    style = {1: "background:#b7e4c7;color:#000", 0: "color:#888"}
+    style = {1: "background:#b7e4c7;color:#000", 0: ""}
     pairs = zip(row["decoded_head"], row["assistant_mask_head"], strict=True)
     spans = (f'<span style="{style[m]}">{html.escape(token)}</span>' for token, m in pairs)
     return HTML(f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>')
@@ -186,16 +186,16 @@ print(f"TRL's would train {extra:,} more tokens: {extra / turns:.2f} in each of 
 # %%
 import matplotlib.pyplot as plt
 
+from atlas_lib import figures
+
 histogram, limit = summary["length_histogram"], summary["max_length"]
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.stairs(histogram["counts"], histogram["edges"], fill=True, color="#4c72b0")
 axes.axvline(limit, color="#c44e52", linestyle="--")
 axes.set(xlabel="tokens in one conversation (dashed: max_length)", ylabel="conversations")
-axes.set_title(
-    f"{summary['rows_truncated']:,} of {summary['rows']:,} conversations are cut at {limit:,}"
-)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+finding = f"{summary['rows_truncated']:,} of {summary['rows']:,} conversations are cut at {limit:,}"
+axes.set_title(finding)
+figures.show(figure, f"Histogram of conversation lengths. {finding} tokens.", config.label)
 
 # %% [markdown]
 # Everything right of the dashed line is thrown away. The count of `turns_cut` says how many answers

@@ -94,7 +94,8 @@ print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer"
 #
 # A step updates the weights once, after `batch x accumulation` rows. The published page of this
 # recipe says "about 80 steps"; the arithmetic says otherwise, and the trainer agrees with the
-# arithmetic.
+# arithmetic. One epoch, since low-rank updates on so few rows soon learn them by heart; a warm-up
+# of three in a hundred steps, since the run is short.
 
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
@@ -107,8 +108,12 @@ print(f"this run: {rows:,} rows, {rows_per_step} a step -> {steps} steps")
 # %% [markdown]
 # ## The model: 4-bit weights, a thin trainable update
 #
-# The base is loaded quantised; LoRA then adds `r x (inputs + outputs)` numbers to each projection
-# that the config lists. At Qwen2.5-0.5B's shape, 24 layers of hidden size 896:
+# The base is loaded quantised: each weight is one of sixteen levels that are spaced as the values
+# of a normal distribution are (NF4), times a scale for its block, and the scales are quantised once
+# more. Nothing of it is trained. LoRA adds to each projection that the config lists a matrix $A$
+# that brings the inputs down to $r$ numbers and a matrix $B$, zero at first, that takes them up to
+# the outputs: `r x (inputs + outputs)` numbers. $\alpha = 2r$ keeps the update's scale when $r$
+# changes. At Qwen2.5-0.5B's shape, 24 layers of hidden size 896:
 
 # %%
 attention = {"q": (896, 896), "k": (896, 128), "v": (896, 128), "o": (896, 896)}
@@ -214,16 +219,19 @@ assert math.isfinite(validation["eval_loss"]), "the validation loss is not a num
 # %%
 import matplotlib.pyplot as plt
 
+from atlas_lib import figures
+
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", label="training")
 axes.axhline(
     validation["eval_loss"], color="#c44e52", linestyle="--", label="validation, at the end"
 )
 axes.set(xlabel="step", ylabel="loss on assistant tokens")
-axes.set_title(f"Loss {first_loss:.2f} to {last_loss:.2f} in {result.global_step} steps")
+finding = f"Loss {first_loss:.2f} to {last_loss:.2f} in {result.global_step} steps"
+axes.set_title(finding)
 axes.legend(frameon=False)
-figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+ending = f"the dashed validation loss at the end is {validation['eval_loss']:.2f}"
+figures.show(figure, f"Curve of the training loss. {finding}; {ending}.", config.label)
 
 # %% [markdown]
 # The dashed line is the loss on conversations that were never trained on. If it lay far above the

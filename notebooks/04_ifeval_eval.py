@@ -177,6 +177,8 @@ table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
 # much the wording of the question does.
 #
 # Others have measured some of these rows. Where model and protocol are the same, ours should agree.
+# All published figures of this recipe were asked raw: the fine-tuned model was never asked in the
+# format that it had been trained in.
 
 # %%
 published = grid.published(config)
@@ -207,6 +209,8 @@ shown[["role", "difference", "won", "lost", "both", "neither", "p", "verdict"]]
 # %%
 import matplotlib.pyplot as plt
 
+from atlas_lib import figures
+
 figure, axes = plt.subplots(figsize=(7, 0.8 + 0.35 * len(compared)), layout="constrained")
 upwards = compared[::-1]
 for position, row in enumerate(upwards):
@@ -215,10 +219,11 @@ for position, row in enumerate(upwards):
     axes.plot(row["difference_points"], position, "o", color=color)
 axes.axvline(0, color="#8c8c8c", linewidth=0.8)
 axes.set_yticks(range(len(compared)), [row["comparison"] for row in upwards])
-axes.set(xlabel=f"difference in points, 95 % interval\n{config.label}")
+axes.set(xlabel="difference in points, 95 % interval")
 axes.set(ylim=(-0.6, len(compared) - 0.4))
 axes.set_title(f"{primary['comparison']}: {primary['verdict']}")
-plt.show()
+points = [f"{row['comparison']} {row['difference_points']:+.1f}" for row in compared]
+figures.show(figure, f"Differences with intervals, in points: {'; '.join(points)}.", config.label)
 
 # %% [markdown]
 # An interval that crosses the line leaves the direction open. The red one is the comparison that
@@ -242,9 +247,9 @@ gained = int((shares["SFT"] > shares["base"]).sum())
 colors = ["#c5c9d3", "#4c72b0", "#8c8c8c", "#dd8452"]
 axes = shares.plot.barh(figsize=(8, 7), width=0.8, color=colors[: len(by_type)])
 axes.set(xlabel=f"share followed ({form}, strict)", ylabel="")
-axes.set_title(f"SFT follows {gained} of {len(shares)} instruction types more often than base")
-axes.figure.text(1, 0, config.label, ha="right", va="bottom", fontsize=7)
-plt.show()
+finding = f"SFT follows {gained} of {len(shares)} instruction types more often than base"
+axes.set_title(finding)
+figures.show(axes.figure, f"Share followed, by type and model. {finding}.", config.label)
 
 # %% [markdown]
 # A type near zero for everybody is one that the fine-tuning data does not contain. It stays in the

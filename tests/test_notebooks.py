@@ -37,8 +37,10 @@ def problems(path: Path) -> list[str]:
     functions = sum(isinstance(node, ast.FunctionDef) for tree in trees for node in ast.walk(tree))
     if functions > MOST_FUNCTIONS:
         found.append(f"{functions} functions")
-    if text.count("plt.show()") > MOST_PLOTS:
+    if text.count("figures.show(") > MOST_PLOTS:
         found.append("too many plots")
+    if "plt.show(" in text:
+        found.append("plt.show() shows a figure without text and label: take figures.show")
     if re.search(r"^[!%]", text, flags=re.M):
         found.append("a ! or % line")
     if sum(len(c.source.split()) for c in prose) < sum(len(source.split()) for source in sources):
@@ -68,7 +70,8 @@ PLANTED = {
     "more code than prose": "x = [" + ", ".join(map(str, range(3000))) + "]",
     "a cell of 16 lines starts with 'x = 0'": "\n".join(f"x = {i}" for i in range(16)),
     "3 functions": "def f(): ...\ndef g(): ...\ndef h(): ...",
-    "too many plots": "plt.show()\n" * 4,
+    "plt.show() shows a figure without text and label: take figures.show": "plt.show()",
+    "too many plots": "figures.show()\n" * 4,
     "the last cell but one does not update the headline": "print()",
     "the last cell does not keep the page": "headline.update(1)",
 }
@@ -79,6 +82,13 @@ def test_a_planted_style_fault_is_found(problem, cell, tmp_path):
     planted = tmp_path / "planted.py"
     planted.write_text(SOURCES[0].read_text("utf-8") + f"\n# %%\n{cell}\n", "utf-8")
     assert problem in problems(planted)
+
+
+def test_a_planted_result_in_the_prose_is_found(tmp_path):
+    planted = tmp_path / "planted.py"
+    text = "\n# %% [markdown]\n# It reached 0.653.\n"
+    planted.write_text(SOURCES[0].read_text("utf-8") + text, "utf-8")
+    assert "a result in the prose: 0.653" in problems(planted)
 
 
 def paired_differences(source: Path, page: Path) -> list[str]:

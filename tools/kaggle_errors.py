@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from tools.kernel_build import SECRET_NAMES
+from tools import secrets
 
 KERNEL_FAILED, WRONG_INPUT, REFUSED, OUT_OF_ORDER, DEADLINE = 1, 2, 3, 4, 5
 HIDDEN: set[str] = set()  # secrets that the client read from files of its own
@@ -31,7 +31,7 @@ class Problem(Exception):
 
 def say(text: str, file: Any = None) -> None:
     """Print, but never a secret: kernels' logs and servers' messages may quote one."""
-    known = {os.environ.get(name, "") for name in SECRET_NAMES} | HIDDEN
+    known = {os.environ.get(name, "") for name in secrets.NAMES} | HIDDEN
     for value in (value for value in known if len(value) > 7):
         text = text.replace(value, "***")
     print(text, file=file, flush=True)

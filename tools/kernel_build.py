@@ -18,6 +18,7 @@ import nbformat
 
 from atlas_lib import artifacts, runtime
 from atlas_lib import config as configuration
+from tools import secrets
 
 PACKED = ("atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
 LIMIT = 1_000_000  # bytes of source that Kaggle takes, about
@@ -28,13 +29,6 @@ NOTEBOOK, METADATA, BUILD, PUSHED = (
     "pushed.json",
 )
 STAMP = re.compile(r'^(REPOSITORY, REF = "[^"]+", )"main"$', re.MULTILINE)
-SECRET_NAMES = ("KAGGLE_KEY", "KAGGLE_API_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
-# Hexadecimal keys look like the hashes that pages are full of: they need a word that tells.
-SECRETS = re.compile(
-    r"hf_[A-Za-z0-9]{30,}|KGAT_[A-Za-z0-9]{20,}|wandb_v1_\w{60,}|AKIA[0-9A-Z]{16}"
-    r"|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"""|(?i:key|token|secret|password|wandb|kaggle)["'\s:=]{1,6}(?:[0-9a-f]{40}|[0-9a-f]{32})\b"""
-)
 CELL = '''\
 # The library of this very commit, packed into the page by tools/kernels.py: nothing is fetched.
 import base64
@@ -257,15 +251,5 @@ def check_payload(page: dict, record: dict[str, Any]) -> None:
     texts = {place: UNPACKED.sub("", text) for place, text in texts.items()}
     texts |= {name: content.decode(errors="replace") for name, content in files.items()}
     for place, text in texts.items():
-        refuse_secrets(place, text)
-    refuse_secrets("the notebook", json.dumps(page), known_only=True)
-
-
-def refuse_secrets(place: str, text: str, known_only: bool = False) -> None:
-    """Raise ValueError where `text` holds a secret of the environment, or what looks like one."""
-    values = {name: os.environ.get(name, "") for name in SECRET_NAMES}
-    found = next((name for name, value in values.items() if len(value) > 7 and value in text), None)
-    if found is None and not known_only and SECRETS.search(text):
-        found = "what looks like a key or token"
-    if found:
-        raise ValueError(f"{place} holds {found}; take it out, secrets stay in the environment.")
+        secrets.refuse(place, text)
+    secrets.refuse("the notebook", json.dumps(page), known_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from atlas_lib import artifacts
 from tools import kaggle_errors as errors
 from tools import kaggle_service as service
-from tools import kernel_build
+from tools import kernel_build, secrets
 from tools.kaggle_errors import Problem, say
 from tools.kaggle_service import Session
 
@@ -284,7 +284,7 @@ def check_files(folder: Path) -> None:
         known_only = path.suffix not in (".ipynb", ".log")
         text = path.read_bytes().decode(errors="replace")
         try:
-            kernel_build.refuse_secrets(str(path.relative_to(folder)), text, known_only)
+            secrets.refuse(str(path.relative_to(folder)), text, known_only)
         except ValueError as error:
             raise Problem(errors.KERNEL_FAILED, f"Nothing was kept: {error}") from None
 
