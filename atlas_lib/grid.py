@@ -95,7 +95,7 @@ def _answering(name, config, device, adapter, tokenizer, out: Path) -> Any:
     weights = load(name, config, device, adapter)
     if config.eval.engine != "vllm":
         return weights
-    folder = tempfile.mkdtemp(prefix="merged-", dir=out)
+    folder = tempfile.mkdtemp(prefix="merged-")  # not in OUT, which Kaggle keeps
     weights.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

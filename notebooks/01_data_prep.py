@@ -87,7 +87,7 @@ for message in train[0]["messages"]:
 #
 # The recipe takes 5,000 conversations of UltraChat: several turns each, on many topics, and the
 # source from which the preference data of a later phase derives. OpenHermes is mostly single-turn,
-# Alpaca short. 5,000 are about a quarter of an hour on one T4, where all 200,000 would take twelve;
+# Alpaca short. By the recipe's page 5,000 take a quarter of an hour on one T4, all 200,000 twelve;
 # past that a model of half a billion parameters is said to gain little. A later phase uses about as
 # many preference pairs, so that methods are compared and not amounts of data.
 

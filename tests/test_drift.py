@@ -96,11 +96,16 @@ def table(sets: dict[str, dict]) -> str:
 @pytest.mark.slow
 @pytest.mark.network
 def test_the_results_do_not_hang_on_versions(tmp_path):
-    sets = {}
+    sets, failed = {}, ""
     for build in (pinned, image, newest):
         folder = tmp_path / build.__name__
         folder.mkdir()
-        sets[build.__name__] = measure(build(folder), folder)
+        try:
+            sets[build.__name__] = measure(build(folder), folder)
+        except AssertionError as error:
+            if build is not newest:
+                raise
+            failed = f"today's newest versions do not work: {str(error)[-500:]}"
         shutil.rmtree(folder)
     base = sets["pinned"]["figures"]
     kept = {
@@ -114,7 +119,9 @@ def test_the_results_do_not_hang_on_versions(tmp_path):
     }
     artifacts.write_json(DRIFT, kept)
     print(f"\n{table(sets)}\nkept in {DRIFT}")
-    assert {name: found["too far"] for name, found in kept.items() if found["too far"]} == {}
+    assert kept["image"]["too far"] == []
+    if failed or kept["newest"]["too far"]:  # a release of tomorrow is told, but blocks nobody
+        pytest.xfail(failed or f"today's newest versions move {kept['newest']['too far']}")
 
 
 FIGURES = dict.fromkeys(EXACT, 1) | {"last_loss": 1.0, "SFT chat strict share": 0.5}
