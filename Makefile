@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(BIN)/python -m tools.run
 .DEFAULT_GOAL := run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
-  publish site bench clean
+  sweep publish site bench clean
 
 setup: .venv/run.stamp  ## what running needs
 
@@ -28,7 +28,7 @@ eval: setup             ## base, SFT and Instruct on IFEval, on a GPU
 test: .venv/dev.stamp   ## everything that needs only Python
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-all: .venv/dev.stamp  ## and what downloads from package registries
+test-all: .venv/dev.stamp  ## and what needs package registries, or a PostgreSQL server
 	@ATLAS_TEST_DOWNLOADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/dev.stamp   ## style of the code, style and pairing of the notebooks
@@ -44,6 +44,9 @@ notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sourc
 kernels: .venv/dev.stamp  ## Kaggle kernels into build/kaggle; VERB=chain pushes them, and waits
 	@$(BIN)/python -m tools.kernels $(or $(VERB),build) $(ARGS)
 
+sweep: setup            ## a parameter sweep, killed or not: SWEEP=lr_rank, a file of configs/sweeps
+	@$(BIN)/python -m tools.sweep run $(or $(SWEEP),lr_rank_offline) $(ARGS)
+
 publish: .venv/dev.stamp  ## checked pages and metrics of a finished run into results/: RUN=folder
 	@$(BIN)/python -m tools.publish $(RUN) $(ARGS)
 
@@ -54,6 +57,7 @@ bench: .venv/dev.stamp  ## speed and memory, as ratios in one run each; JSON int
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json
 	@$(BIN)/python -m benchmarks.train --json results/bench_train.json
 	@$(BIN)/python -m benchmarks.eval --json results/bench_eval.json
+	@$(BIN)/python -m benchmarks.sweep --json results/bench_sweep.json
 
 clean:                  ## forget runs and builds, keep the environment
 	rm -rf runs build

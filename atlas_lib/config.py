@@ -46,6 +46,7 @@ WITHOUT_EFFECT = re.compile(
     r"train\.(report_to|run_name|project|output_dir|disable_tqdm|log_\w+|logging_dir|push_to_hub"
     r"|hub_\w+|trackio_\w+|dataloader_(?!drop_last)\w+|resume_from_checkpoint)"
 )
+MISSING = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
 
 
 class Config(Section):
@@ -99,7 +100,7 @@ def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> C
         schema = create_model("Config", __base__=Config, train=(train_section(), ...))
         return schema.model_validate(merged)
     except ValidationError as error:
-        raise ValueError(_sentence(error)) from None
+        raise ValueError(sentence(error)) from None
 
 
 def available() -> list[str]:
@@ -176,10 +177,10 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError, kind: type[Section] = Config, missing: str = MISSING) -> str:
     """The first problem as one sentence that names key, value and what was expected."""
     problem = error.errors()[0]
-    known = _known_keys(Config)
+    known = _known_keys(kind)
     # Without the union's member that pydantic appends; a list's index stays.
     parts = [p for p in problem["loc"] if isinstance(p, int) or re.fullmatch(r"[a-z_0-9]+", p)]
     key = ".".join(map(str, parts))
@@ -191,7 +192,7 @@ def _sentence(error: ValidationError) -> str:
         )
         return f"Unknown key {key!r}; the nearest known one is {near[0]!r}."
     if problem["type"] == "missing":
-        return f"No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
+        return missing.format(key=key)
     value = problem["input"]
     expected = problem["msg"].replace("Input should", "it should").removeprefix("Value error, ")
     return f"{key} is {value!r} ({type(value).__name__}); {expected}."

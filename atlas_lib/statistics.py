@@ -41,10 +41,10 @@ def instruction_ci(verdicts: list[dict], mode: str, resamples: int = RESAMPLES) 
     sizes = [len(v[mode]) for v in verdicts]
     if sum(passed) in (0, sum(sizes)):  # resamples never vary: Wilson, every prompt counted once
         return proportion_ci(len(verdicts) if sum(passed) else 0, len(verdicts))
-    return _bootstrap(passed, sizes, resamples)
+    return bootstrap(passed, sizes, resamples)
 
 
-def _bootstrap(gains: list[int], sizes: list[int], resamples: int) -> list[float]:
+def bootstrap(gains: list[int], sizes: list[int], resamples: int) -> list[float]:
     """95 % percentile interval of sum(gains) / sum(sizes) over prompts drawn with replacement."""
     import numpy as np
 
@@ -113,7 +113,7 @@ def _difference(name: str, gains: list[int], sizes: list[int], resamples: int) -
     """Points gained and their 95 % interval."""
     return {
         f"{name}_points": 100 * sum(gains) / sum(sizes),
-        f"{name}_ci95": [100 * bound for bound in _bootstrap(gains, sizes, resamples)],
+        f"{name}_ci95": [100 * bound for bound in bootstrap(gains, sizes, resamples)],
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
+from atlas_lib import config as configuration
 from atlas_lib import notebooks, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +57,8 @@ def problems(path: Path) -> list[str]:
     return found
 
 
-def test_there_are_four_notebooks():
-    assert NAMES == ["01_data_prep", "02_template_audit", "03_sft_train", "04_ifeval_eval"]
+def test_there_are_four_stages_and_a_report():
+    assert [*configuration.STAGES, "05_sweep_report"] == NAMES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
