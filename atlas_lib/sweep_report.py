@@ -4,7 +4,10 @@ import itertools
 import statistics as plain
 from typing import Any
 
+from atlas_lib import config as configuration
 from atlas_lib import statistics
+
+BASE = configuration.FOLDER / "base.yaml"
 
 
 def points(exported: dict) -> list[dict]:
@@ -222,14 +225,20 @@ def overhead(exported: dict) -> dict[str, float]:
 
 
 def winner_yaml(exported: dict, row: dict) -> str:
-    """A layer for configs/ that extends the sweep's recipe by the winning point."""
+    """The winning point as a whole recipe for configs/: all that differs from base.yaml.
+
+    The sweep's overlay is part of it: laid over a shorter file it would undo the point's values.
+    """
     import yaml
 
     given, nested = exported["sweep"], {}
-    for key, value in (given["set"] | row["point"]).items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    text = yaml.safe_dump({"extends": given["config"], **nested}, sort_keys=False)
+    below = configuration.flatten(configuration.parse_yaml(BASE.read_text("utf-8"), BASE.name))
+    won = configuration.load(given["config"], given["overlay"], given["set"] | row["point"])
+    for key, value in configuration.flatten(won.as_dict()).items():
+        if key not in below or below[key] != value:
+            section, _, name = key.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[name] = value
+    text = yaml.safe_dump(nested, sort_keys=False)
     origin = f"# The winner of {exported['study']}: trial {row['number']}, chosen on dev prompts."
     return f"{origin}\n{text}"
 

@@ -212,8 +212,8 @@ pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few
 # %% [markdown]
 # ## The winning configuration
 #
-# A layer for `configs/`, to be used by its name: save it there, and `--config` finds it. Where the
-# sweep worked on an overlay, give the same overlay beside it.
+# A whole recipe for `configs/`, to be used by its name: save it there, and `--config` finds it. The
+# sweep's overlay is part of it; given once more beside it, it would undo what was found.
 
 # %%
 winning = sweep_report.winner_yaml(exported, best)

@@ -6,6 +6,7 @@ Studies here run in real processes on the journal file, with a runner that needs
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -84,6 +85,10 @@ ERRORS = {
         {"objective": {"metric": "validation_loss", "direction": "up"}},
         "objective.direction is 'up'",
     ),
+    "the wrong direction": (
+        {"objective": {"metric": "validation_loss", "direction": "maximize"}},
+        "would take the worst; minimize validation_loss",
+    ),
     "negative budget": ({"budget": {"trials": -3}}, "budget.trials is -3"),
     "no hours": ({"budget": {"hours": 0}}, "budget.hours is 0"),
     "endless": ({"sampler": "tpe"}, "budget.trials is not set"),
@@ -96,6 +101,17 @@ ERRORS = {
     "a multiple of nothing": (
         {"multiples": {"lora.lora_alpha": {"of": "lora.rank", "times": 2}}},
         "follows 'lora.rank'",
+    ),
+    "a multiple that is no whole number": (
+        {"multiples": {"lora.lora_alpha": {"of": "lora.r", "times": 0.3}}},
+        "lora.lora_alpha is 1.2",
+    ),
+    "a multiple of a word": (
+        {
+            "space": {"lora.bias": ["none", "all"]},
+            "multiples": {"lora.lora_alpha": {"of": "lora.bias", "times": 2}},
+        },
+        "follows lora.bias, which is no number",
     ),
     "unknown overlay": ({"overlay": "nope"}, "Unknown config 'nope'"),
 }
@@ -529,11 +545,17 @@ def test_different_prompts_are_not_compared():
         sweep_report.compare(a_row(0, [passing(3, 5)]), a_row(1, [passing(3, 6)]))
 
 
-def test_the_winner_is_a_layer_that_loads(four_points, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", ["sft_qwen05b", "sft_qwen05b_fast"])
+@pytest.mark.parametrize("overlay", ["", "offline"])
+def test_the_winner_as_a_recipe_is_the_winner(config, overlay, four_points, tmp_path, monkeypatch):
+    four_points["sweep"] |= {"config": config, "overlay": overlay, "set": {"data.n_samples": 70}}
     best = sweep_report.points(four_points)[0]
-    layer = yaml.safe_load(sweep_report.winner_yaml(four_points, best))
-    assert layer.pop("extends") == "sft_qwen05b"
-    assert layer == {"train": {"learning_rate": 1e-3}, "lora": {"r": 4}}
+    recipe = sweep_report.winner_yaml(four_points, best)
+    won = configuration.load(config, overlay, {"data.n_samples": 70} | best["point"])
+    folder = shutil.copytree(configuration.FOLDER, tmp_path / "configs")
+    (folder / "winner.yaml").write_text(recipe, "utf-8")
+    monkeypatch.setattr(configuration, "FOLDER", folder)
+    assert configuration.load("winner").as_dict() == won.as_dict()
 
 
 def test_costs_and_overhead(four_points):
@@ -567,4 +589,4 @@ def test_the_report_page(n, four_points, tmp_path):
     assert "learning_rate 0.001, r 4 is first with dev_strict" in shown
     assert "looks at the test prompts: 1" in shown
     assert shown.count("image/png") >= 3
-    assert yaml.safe_load((tmp_path / "winner.yaml").read_text("utf-8"))["lora"] == {"r": 4}
+    assert yaml.safe_load((tmp_path / "winner.yaml").read_text("utf-8"))["lora"]["r"] == 4
