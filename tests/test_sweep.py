@@ -98,6 +98,7 @@ ERRORS = {
     "the seed as a parameter": ({"space": {"train.seed": [1]}}, "train.seed is set by the sweep"),
     "publishing": ({"set": {"output.hub_repo": "me/x"}}, "output.hub_repo is set by the sweep"),
     "the test prompts": ({"prompts": "embedded:ifeval"}, "the test prompts themselves"),
+    "prompts that are not there": ({"prompts": "configs/none.jsonl"}, "which does not exist"),
     "a multiple of nothing": (
         {"multiples": {"lora.lora_alpha": {"of": "lora.rank", "times": 2}}},
         "follows 'lora.rank'",
