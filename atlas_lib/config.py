@@ -103,6 +103,13 @@ def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> C
         raise ValueError(sentence(error)) from None
 
 
+def layers(overlay: str, overrides: dict) -> dict:
+    """An overlay (or none) with dotted `overrides` merged into it: one layer, not validated."""
+    merged = _read(overlay) if overlay else {}
+    _merge(merged, _overrides(overrides))
+    return merged
+
+
 def available() -> list[str]:
     """Names of the layers above base: recipes for CONFIG and overlays."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "base")
@@ -125,10 +132,10 @@ def _read(name: str) -> dict:
 
 
 def _recipe(name: str) -> list[dict]:
-    """The recipe and, first, the one that it `extends`."""
+    """The recipe and, first, those that it `extends`."""
     layer = _read(name)
     below = layer.pop("extends", None)
-    return [*([_read(below)] if below else []), layer]
+    return [*(_recipe(below) if below else []), layer]
 
 
 def parse_yaml(text: str, source: str) -> Any:

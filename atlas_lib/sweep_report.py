@@ -7,8 +7,6 @@ from typing import Any
 from atlas_lib import config as configuration
 from atlas_lib import statistics
 
-BASE = configuration.FOLDER / "base.yaml"
-
 
 def points(exported: dict) -> list[dict]:
     """The complete trials, {number, point, varied, value, runs, ...} each, the best first."""
@@ -225,22 +223,14 @@ def overhead(exported: dict) -> dict[str, float]:
 
 
 def winner_yaml(exported: dict, row: dict) -> str:
-    """The winning point as a whole recipe for configs/: all that differs from base.yaml.
-
-    The sweep's overlay is part of it: laid over a shorter file it would undo the point's values.
-    """
+    """A whole recipe: the sweep's, its overlay and, above both, the winning point."""
     import yaml
 
-    given, nested = exported["sweep"], {}
-    below = configuration.flatten(configuration.parse_yaml(BASE.read_text("utf-8"), BASE.name))
-    won = configuration.load(given["config"], given["overlay"], given["set"] | row["point"])
-    for key, value in configuration.flatten(won.as_dict()).items():
-        if key not in below or below[key] != value:
-            section, _, name = key.rpartition(".")
-            (nested.setdefault(section, {}) if section else nested)[name] = value
-    text = yaml.safe_dump(nested, sort_keys=False)
+    given = exported["sweep"]
+    above = configuration.layers(given["overlay"], given["set"] | row["point"])
+    merged = {"extends": given["config"], **above}
     origin = f"# The winner of {exported['study']}: trial {row['number']}, chosen on dev prompts."
-    return f"{origin}\n{text}"
+    return f"{origin}\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}"
 
 
 def as_text(exported: dict) -> str:

@@ -116,7 +116,7 @@ pd.DataFrame(failed)[["number", "point", "error"]] if failed else "no trial fail
 # %%
 judged = all("verdicts" in run for row in points for run in row["runs"].values())
 table = sweep_report.table(points, metric)
-table.style.format(precision=4).hide(axis="index")
+table.set_index("trial").round(4)
 
 # %%
 import matplotlib.pyplot as plt
@@ -130,7 +130,7 @@ for place, row in enumerate(points):
     axes.plot(values, [place] * len(values), "o", color="#4c72b0", alpha=0.7)
     axes.plot(row["value"], place, "|", color="#c44e52", markersize=14, markeredgewidth=2)
 axes.set_yticks(range(len(points)), names)
-axes.invert_yaxis()
+axes.set_ylim(len(points) - 0.4, -0.6)
 axes.set(xlabel=f"{metric}: seeds (dots), mean (red), 95 % over prompts (bar)")
 axes.set_title(f"Best of {len(points)}: {names[0]}")
 alt = f"{metric} of every point, best first, with its seeds; {names[0]} is at {best['value']:.3f}."
@@ -179,7 +179,7 @@ for row, color in zip(points, colors, strict=True):
         right.plot(run["validation_loss"], run[metric], "o", color=color)
 left.set(xlabel="step", ylabel="training loss", title="Loss by point, best first")
 right.set(xlabel="validation loss", ylabel=metric, title=sweep_report.agreement(points, metric))
-left.legend(frameon=False, fontsize=6)
+figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
 alt = f"Training loss by step for {len(points)} points, and {metric} against validation loss."
 figures.show(figure, alt, config.label)
 
@@ -212,8 +212,8 @@ pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few
 # %% [markdown]
 # ## The winning configuration
 #
-# A whole recipe for `configs/`, to be used by its name: save it there, and `--config` finds it. The
-# sweep's overlay is part of it; given once more beside it, it would undo what was found.
+# A whole recipe, the sweep's overlay included: saved as `configs/<name>.yaml` it is found by
+# `--config <name>`, in every notebook and tool.
 
 # %%
 winning = sweep_report.winner_yaml(exported, best)
@@ -246,11 +246,15 @@ print(f"looks at the test prompts: {len(looks)}")
 for look in looks:
     print(f"  {look['at']}: trial {look['trial']}, seed {look['seed']}")
 columns = ["model", "format", "n", "prompt_level_strict_acc", "ci95", "stop_rate"]
-pd.DataFrame(final)[columns].round(3) if final else "the winner has not been measured there"
+shown = pd.DataFrame(final, columns=columns)
+shown["ci95"] = [f"{low:.3f} to {high:.3f}" for low, high in shown["ci95"]]
+shown.round(3) if final else "the winner has not been measured there"
 
 # %%
 better = sum(row["verdict"] == "better" for row in compared)
-claim = f"better than {better} of the {len(compared)} others" if judged else "not tested in pairs"
+claim = (
+    f"better than {better} of the {len(compared)} other points" if judged else "not tested in pairs"
+)
 headline.update(
     Markdown(
         f"**{sweep_report.label(best)} is first with {metric} {best['value']:.3f}, {claim}.** "
