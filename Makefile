@@ -41,8 +41,8 @@ notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sourc
 	@$(BIN)/ruff format -q notebooks/*.py
 	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 
-kernels: .venv/dev.stamp  ## Kaggle kernels into build/kaggle; ARGS=chain pushes them, and waits
-	@$(BIN)/python -m tools.kernels $(or $(ARGS),build)
+kernels: .venv/dev.stamp  ## Kaggle kernels into build/kaggle; VERB=chain pushes them, and waits
+	@$(BIN)/python -m tools.kernels $(or $(VERB),build) $(ARGS)
 
 sweep: setup            ## a parameter sweep, killed or not: SWEEP=lr_rank, a file of configs/sweeps
 	@$(BIN)/python -m tools.sweep run $(or $(SWEEP),lr_rank_offline) $(ARGS)
@@ -51,7 +51,7 @@ publish: .venv/dev.stamp  ## checked pages and metrics of a finished run into re
 	@$(BIN)/python -m tools.publish $(RUN) $(ARGS)
 
 site: .venv/dev.stamp   ## the write-up as a website, from results/ into build/site
-	@$(BIN)/python -m tools.site
+	@$(BIN)/python -m tools.website
 
 bench: .venv/dev.stamp  ## speed and memory, as ratios in one run each; JSON into results/
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json

@@ -126,7 +126,8 @@ def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) ->
         if there.get(key) != here.get(key):
             raise ValueError(
                 f"{folder} does not fit this run: {key} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here; run {name} again, or choose another OUT."
+                f"{here.get(key)!r} here; run {name} again, choose another "
+                "OUT, or detach that input."
             )
     for file, digest in manifest["outputs"].items():
         if not (folder / file).is_file() or sha256(folder / file) != digest:

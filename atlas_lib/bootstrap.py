@@ -1,5 +1,6 @@
 """Bring a notebook's packages: standard library only, before the first heavy import."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -46,11 +47,13 @@ def floors() -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
+def numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
 def missing() -> list[str]:
     """Requirements that are absent or older than their floor, as pip spells them."""
-
-    def numbers(version: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
     wanted = []
     for package, floor in floors().items():
@@ -70,7 +73,7 @@ def remove_old_torchao() -> None:
         version = importlib.metadata.version("torchao")
     except importlib.metadata.PackageNotFoundError:
         return
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 16):
+    if numbers(version) < (0, 16):
         pip = [sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torchao"]
         subprocess.run(pip, check=True)
         print(f"Removed torchao {version}: peft needs 0.16 or none.")
@@ -86,29 +89,31 @@ def ensure() -> None:
     if hosted:
         remove_old_torchao()
     started, wanted = time.monotonic(), missing()
-    if not wanted:
+    if wanted:
+        bring(wanted, hosted)
+    else:
         print(f"Packages: nothing is missing ({time.monotonic() - started:.1f} s).")
-        return
+    refuse_old_modules()
+
+
+def bring(wanted: list[str], hosted: bool) -> None:
+    """Install what is wanted, unless this machine is its user's own. Raises RuntimeError."""
     blocked = [w for w in wanted if w.split(">=")[0] in UNTOUCHABLE]
     if not hosted or blocked:
         raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
+    started = time.monotonic()
+    print(f"Installing {', '.join(wanted)} ...", end=" ", flush=True)
     install(wanted)
-    print(f"Installed {', '.join(wanted)} in {time.monotonic() - started:.0f} s.")
-    stale = sorted({re.split(r"[\[>]", w)[0] for w in wanted} & sys.modules.keys())
-    if stale:
-        raise RuntimeError(
-            f"{', '.join(stale)} had been imported before and is old in memory: restart the "
-            "session and run all cells (what was installed stays)."
-        )
+    print(f"done in {time.monotonic() - started:.0f} s.")
 
 
 def install(wanted: list[str]) -> None:
-    """pip install, with torch and numpy held where they are. Raises RuntimeError."""
+    """pip install; what `held` names stays as it is. Raises RuntimeError with pip's last line."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        for package in UNTOUCHABLE:
-            constraints.write(f"{package}=={importlib.metadata.version(package)}\n")
+        constraints.write("\n".join(held()))
         constraints.flush()
-        pip = [sys.executable, "-m", "pip", "install", "-q", "-c", constraints.name, *wanted]
+        options = ["-q", "--disable-pip-version-check", "-c", constraints.name]
+        pip = [sys.executable, "-m", "pip", "install", *options, *wanted]
         done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
@@ -117,3 +122,29 @@ def install(wanted: list[str]) -> None:
             "on? Kaggle: Settings > Internet."
         )
     importlib.invalidate_caches()
+
+
+def held() -> list[str]:
+    """torch, numpy and what this torch pins (CUDA's libraries, triton), at their versions."""
+    lines = importlib.metadata.requires("torch") or []
+    pinned = [re.match(r"[\w.-]+", line)[0] for line in lines if "==" in line.partition(";")[0]]
+    found = []
+    for package in (*UNTOUCHABLE, *pinned):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package}=={importlib.metadata.version(package)}")
+    return found
+
+
+def refuse_old_modules() -> None:
+    """Raise RuntimeError if a package is another version in memory than on disk: they would mix."""
+    stale = []
+    for package in floors():
+        name = package.partition("[")[0]
+        loaded = getattr(sys.modules.get(name), "__version__", None)
+        if loaded and numbers(loaded) != numbers(importlib.metadata.version(name)):
+            stale.append(f"{name} {loaded}")
+    if stale:
+        raise RuntimeError(
+            f"{', '.join(stale)} had been imported before a newer one was installed: restart the "
+            "session and run all cells (what was installed stays)."
+        )

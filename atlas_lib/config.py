@@ -131,11 +131,13 @@ def _read(name: str) -> dict:
     return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
 
 
-def _recipe(name: str) -> list[dict]:
-    """The recipe and, first, those that it `extends`."""
+def _recipe(name: str, above: tuple[str, ...] = ()) -> list[dict]:
+    """The recipe and, first, those that it `extends`. Raises ValueError on a circle."""
+    if name in above:
+        raise ValueError(f"configs/{name}.yaml extends itself by way of {above[-1]}; mend that.")
     layer = _read(name)
     below = layer.pop("extends", None)
-    return [*(_recipe(below) if below else []), layer]
+    return [*(_recipe(below, (*above, name)) if below else []), layer]
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -71,7 +71,7 @@ def ask(
 ) -> dict[tuple[str, str], list[dict]]:
     """{(name, format): answers}; only what is not on disk yet is generated."""
     tokenizer = model.load_tokenizer(config)
-    loaded = functools.cache(lambda: _answering(name, config, device, adapter, tokenizer, out))
+    loaded = functools.cache(lambda: _answering(name, config, device, adapter, tokenizer))
 
     def generate_missing(form: str, missing: list[dict], keep: Any) -> None:
         texts, cap = [prompt["prompt"] for prompt in missing], config.eval.max_new_tokens
@@ -90,12 +90,12 @@ def ask(
     }
 
 
-def _answering(name, config, device, adapter, tokenizer, out: Path) -> Any:
+def _answering(name, config, device, adapter, tokenizer) -> Any:
     """What the engine takes: the model, or for vLLM a folder that holds it."""
     weights = load(name, config, device, adapter)
     if config.eval.engine != "vllm":
         return weights
-    folder = tempfile.mkdtemp(prefix="merged-", dir=out)
+    folder = tempfile.mkdtemp(prefix="merged-")  # not in OUT, which Kaggle keeps
     weights.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

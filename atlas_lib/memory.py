@@ -29,6 +29,17 @@ def must_checkpoint(base: Any, config: Any, device: Any) -> bool:
     return answer
 
 
+def named_for_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of SFTConfig; transformers before 5.22 says gradient_checkpointing for one."""
+    from transformers import TrainingArguments
+
+    if hasattr(TrainingArguments, "activation_checkpointing"):
+        return arguments
+    recompute = arguments["activation_checkpointing"]
+    others = {key: v for key, v in arguments.items() if key != "activation_checkpointing"}
+    return others | {"gradient_checkpointing": recompute}
+
+
 def free_bytes(device: Any) -> int:
     """Bytes that the device can still give."""
     if device.name == "cuda":

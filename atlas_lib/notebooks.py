@@ -32,6 +32,8 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
     from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    if runtime.where() == "colab":
+        os.environ[runtime.NESTED] = "1"
     try:
         with _forwarding_sigterm():
             papermill.execute_notebook(
@@ -54,6 +56,8 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
         raise RuntimeError(
             f"{stage} stopped: {error.evalue} ({error.ename}; the executed notebook is {target})"
         ) from None
+    finally:
+        os.environ.pop(runtime.NESTED, None)
     return target
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from atlas_lib.bootstrap import where
 
 ROOT = Path(__file__).resolve().parent.parent
+NESTED = "ATLAS_NESTED"  # in a page that another one runs: Colab would never answer its kernel
 KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # another place only in tests
 PACKAGES = (
     "torch",
@@ -127,8 +128,9 @@ def gpu_is_there(config: Any) -> bool:
 
 def gpu_count() -> int:
     """GPUs of this machine that the user has not hidden; this process itself uses one of them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "0":  # chosen by the user
-        return 1
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if chosen != "0":  # by the user; nothing and -1 hide them all
+        return int(chosen not in ("", "-1"))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -178,8 +180,8 @@ def locate(name: str) -> str:
 
 def secret(name: str) -> str | None:
     """A secret from the environment, Kaggle or Colab; None, the normal case, if there is none."""
-    if os.environ.get(name):
-        return os.environ[name]
+    if os.environ.get(name) or NESTED in os.environ:
+        return os.environ.get(name) or None
     # Each platform raises its own zoo of exceptions for "absent"; none of them is our failure.
     with contextlib.suppress(Exception):
         if where() == "kaggle":
@@ -263,9 +265,8 @@ def _wandb_refuses(key: str, mode: str | None) -> str | None:
 
 def start(config: Any, out: Path) -> None:
     """Print the stamp of a notebook: what runs, on which versions, where the results go."""
-    token = secret("HF_TOKEN")  # Kaggle's secrets do not reach huggingface_hub by themselves
-    if token:
-        os.environ["HF_TOKEN"] = token
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):  # for huggingface_hub, and pages run by this one
+        os.environ |= {name: value} if (value := secret(name)) else {}
     if config.label:
         print(config.label)
     print(f"config digest {config.digest()} · commit {commit()} · {where()} · results in {out}")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from atlas_lib import config as configuration
+from atlas_lib import runtime
 from atlas_lib.schema import Section
 
 FOLDER = configuration.FOLDER / "sweeps"
@@ -16,6 +17,7 @@ METRICS = {
     "dev_strict": "04_ifeval_eval",
     "dev_inst_strict": "04_ifeval_eval",
 }
+BETTER = {"validation_loss": "minimize", "dev_strict": "maximize", "dev_inst_strict": "maximize"}
 # The trainer's own: the initial adapter, dropout and the order of rows. `seed` would also give the
 # offline stand-in other weights, and then every seed would need a base of its own.
 SEED_KEY = "train.seed"
@@ -101,6 +103,8 @@ def _check_objective(sweep: Sweep) -> None:
     if metric not in METRICS:
         known = ", ".join(METRICS)
         raise ValueError(f"objective.metric is {metric!r}, which no stage writes; known: {known}.")
+    if sweep.objective.direction != BETTER[metric]:
+        raise ValueError(f"objective.direction would take the worst; {BETTER[metric]} {metric}.")
     if METRICS[metric] not in sweep.stages:
         raise ValueError(
             f"objective.metric is {metric!r}, which only {METRICS[metric]} writes; add that stage."
@@ -154,9 +158,15 @@ def _check_plan(sweep: Sweep) -> None:
     for key, multiple in sweep.multiples.items():
         if multiple.of not in sweep.space:
             raise ValueError(f"multiples.{key} follows {multiple.of!r}, which is not in space.")
-        _flat(sweep, {key: 1})
+        values = sweep.space[multiple.of]
+        for value in values if isinstance(values, list) else values["log_uniform"]:
+            if not isinstance(value, int | float):
+                raise ValueError(f"multiples.{key} follows {multiple.of}, which is no number.")
+            _flat(sweep, point(sweep, {multiple.of: value}))
     if sweep.sampler == "tpe" and sweep.budget.trials is None:
         raise ValueError("budget.trials is not set; a tpe sweep has no end of its own.")
+    if sweep.prompts.endswith(".jsonl") and not Path(runtime.locate(sweep.prompts)).is_file():
+        raise ValueError(f"prompts is {sweep.prompts!r}, which does not exist; give a .jsonl file.")
     if sweep.prompts == _flat(sweep, {})["eval.prompts"]:
         raise ValueError(
             f"prompts is {sweep.prompts!r}, the test prompts themselves; choose on dev prompts."

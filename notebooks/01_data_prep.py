@@ -43,11 +43,11 @@ REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
 if importlib.util.find_spec("atlas_lib") is None:
     places = [Path.cwd(), *Path.cwd().parents]
     places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if home is None:
-        subprocess.run(pip, check=True)
-    sys.path[:0] = [str(home)] if home else []
+    if not homes and subprocess.run(pip).returncode:
+        raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
+    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -87,7 +87,7 @@ for message in train[0]["messages"]:
 #
 # The recipe takes 5,000 conversations of UltraChat: several turns each, on many topics, and the
 # source from which the preference data of a later phase derives. OpenHermes is mostly single-turn,
-# Alpaca short. 5,000 are about a quarter of an hour on one T4, where all 200,000 would take twelve;
+# Alpaca short. By the recipe's page 5,000 take a quarter of an hour on one T4, all 200,000 twelve;
 # past that a model of half a billion parameters is said to gain little. A later phase uses about as
 # many preference pairs, so that methods are compared and not amounts of data.
 

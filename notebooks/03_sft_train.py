@@ -47,11 +47,11 @@ REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
 if importlib.util.find_spec("atlas_lib") is None:
     places = [Path.cwd(), *Path.cwd().parents]
     places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if home is None:
-        subprocess.run(pip, check=True)
-    sys.path[:0] = [str(home)] if home else []
+    if not homes and subprocess.run(pip).returncode:
+        raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
+    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
@@ -162,22 +162,20 @@ recompute = memory.must_checkpoint(base, config, device)
 
 # %%
 checkpoints = callbacks.Checkpoints(config, out, device, [source, audited])
-arguments = SFTConfig(
-    **{
-        "seed": config.seed,
-        "fp16": device.dtype == "float16",
-        "bf16": device.dtype == "bfloat16",
-        "use_cpu": device.name == "cpu",
-        "disable_tqdm": True,
-        **config.train.model_dump(exclude_unset=True),
-        "output_dir": str(checkpoints.folder),
-        "activation_checkpointing": recompute,
-        "report_to": runtime.report_to(config, out),
-    }
-)
+arguments = {
+    "seed": config.seed,
+    "fp16": device.dtype == "float16",
+    "bf16": device.dtype == "bfloat16",
+    "use_cpu": device.name == "cpu",
+    "disable_tqdm": True,
+    **config.train.model_dump(exclude_unset=True),
+    "output_dir": str(checkpoints.folder),
+    "activation_checkpointing": recompute,
+    "report_to": runtime.report_to(config, out),
+}
 trainer = SFTTrainer(
     model=base,
-    args=arguments,
+    args=SFTConfig(**memory.named_for_trainer(arguments)),
     train_dataset=Dataset.from_list([{"messages": conversations[idx]} for idx in kept]),
     eval_dataset=Dataset.from_list(
         [{"messages": chat} for chat in data.read(source, "validation")]

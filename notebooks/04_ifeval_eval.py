@@ -49,11 +49,11 @@ REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
 if importlib.util.find_spec("atlas_lib") is None:
     places = [Path.cwd(), *Path.cwd().parents]
     places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    home = next((p for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()), None)
+    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if home is None:
-        subprocess.run(pip, check=True)
-    sys.path[:0] = [str(home)] if home else []
+    if not homes and subprocess.run(pip).returncode:
+        raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
+    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()

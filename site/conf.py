@@ -1,4 +1,4 @@
-"""Sphinx settings of the site; tools/site.py assembles its pages and calls Sphinx.
+"""Sphinx settings of the site; tools/website.py assembles its pages and calls Sphinx.
 
 Sphinx with MyST-NB, because it takes executed notebooks as they are, links them with pages of text,
 and has themes that bring all of their files. Jupyter Book 2 fetches its theme while building, and

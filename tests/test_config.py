@@ -578,3 +578,11 @@ def test_a_recipe_that_extends_nothing_known_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(configuration, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"Unknown config 'theirs'"):
         configuration.load("mine")
+
+
+def test_recipes_that_extend_each_other_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(configuration, "FOLDER", tmp_path)
+    for name, below in {"base": "", "mine": "theirs", "theirs": "mine"}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {below}\n" if below else "", "utf-8")
+    with pytest.raises(ValueError, match=r"configs/mine.yaml extends itself by way of theirs"):
+        configuration.load("mine")

@@ -15,6 +15,16 @@ SHAPE = Qwen2Config(
 )  # fmt: skip
 
 
+def test_transformers_that_say_gradient_checkpointing_are_told_so(monkeypatch):
+    """Kaggle's image has one; this environment's says activation_checkpointing."""
+    import transformers
+
+    given = {"activation_checkpointing": True, "seed": 1}
+    assert memory.named_for_trainer(given) == given
+    monkeypatch.setattr(transformers, "TrainingArguments", object)
+    assert memory.named_for_trainer(given) == {"gradient_checkpointing": True, "seed": 1}
+
+
 def recipe(**train):
     given = {f"train.{key}": value for key, value in train.items()}
     return configuration.load("sft_qwen05b_fast", "", given)

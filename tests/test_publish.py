@@ -12,7 +12,8 @@ import nbformat
 import pytest
 from conftest import TINY
 
-from tools import publish, secrets
+from atlas_lib import runtime
+from tools import kernel_build, leaks, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "notebooks/03_sft_train.ipynb"
@@ -31,7 +32,7 @@ def checkout(tmp_path_factory):
     folder.mkdir()
     for name in ("atlas_lib", "configs", "notebooks", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", ".gitignore"):
+    for name in ("pyproject.toml", "kernel-metadata.json", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     git(folder, "init", "-q")
     git(folder, "add", "-A")
@@ -90,6 +91,52 @@ def test_a_clean_run_is_published(checkout, finished, tmp_path):
     assert again.returncode == 0, again.stderr
     assert json.loads((results / "metrics.json").read_text("utf-8")) == older + rows
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.fixture
+def from_kaggle(checkout, run, monkeypatch):
+    """The executed 03 as a kernel would have kept it: built by tools.kernels, cut at its end."""
+    monkeypatch.setattr(runtime, "ROOT", checkout)
+    ran = nbformat.read(run / PAGE, as_version=4)
+    choice = {"config": "sft_qwen05b", "overlay": "offline", "set": TINY}
+    commit = git(checkout, "rev-parse", "HEAD")
+    payload = kernel_build.payload_cell(kernel_build.pack(), commit[:12])
+    page = kernel_build.baked("03_sft_train", choice, commit, payload)
+    code = [cell for cell in page.cells if cell.cell_type == "code"]
+    shown = [cell.outputs for cell in ran.cells if cell.cell_type == "code"]
+    del shown[1]  # of the cell that papermill injected: its values are in the built page itself
+    shown.insert(1, [])  # of the payload
+    for number, (cell, outputs) in enumerate(zip(code, shown, strict=True), 1):
+        cell.execution_count, cell.outputs = number, outputs
+        for output in (output for output in outputs if "text" in output):
+            output.text = output.text.replace(" · local · ", " · kaggle · ")
+    code[-1].execution_count = None
+    nbformat.write(page, run / PAGE)
+    return run / PAGE
+
+
+@pytest.mark.slow
+def test_a_page_that_ran_on_kaggle_is_taken_without_its_payload(from_kaggle):
+    page = publish.check_page("03_sft_train", from_kaggle)
+    assert publish.parameters_of(page)["OVERLAY"] == "offline"
+    text = publish.text_of(page)
+    nbformat.validate(nbformat.reads(text, as_version=4))
+    assert "PACKED" in from_kaggle.read_text("utf-8")
+    assert "PACKED" not in text
+
+
+@pytest.mark.slow
+def test_a_page_that_was_changed_on_kaggle_is_refused(from_kaggle):
+    edit(from_kaggle, stale_prose)
+    with pytest.raises(ValueError, match="is not the committed"):
+        publish.check_page("03_sft_train", from_kaggle)
+
+
+def test_a_short_relative_out_does_not_change_the_page():
+    stamp = "config digest ab · commit cd · local · results in out"
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text=stamp)])
+    text = publish.text_of(nbformat.v4.new_notebook(cells=[cell]))
+    nbformat.validate(nbformat.reads(text, as_version=4))
 
 
 def last_code(page):
@@ -251,11 +298,13 @@ def test_the_published_pages_are_those_of_their_commit():
         pytest.skip(f"NOT TESTED: this clone's history does not reach back to {commit}")
     for path in pages:
         publish.check_page(path.stem, path, at=None)
-        secrets.refuse(path.name, path.read_text("utf-8"))
+        leaks.refuse(path.name, path.read_text("utf-8"))
 
 
 LOOKS_LIKE_A_SECRET = {
     "wandb": "WANDB_API_KEY=" + "0123456789abcdef0123456789abcdef01234567",
+    "wandb's command": "wandb login " + "0123456789abcdef0123456789abcdef01234567",
+    "kaggle, inside a page": '{\\"key\\": \\"' + "0123456789abcdef" * 2 + '\\"}',
     "github": "ghp_" + "a1B2" * 9,
     "kaggle": '{"username": "me", "key": "' + "0123456789abcdef" * 2 + '"}',
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
@@ -265,14 +314,14 @@ LOOKS_LIKE_A_SECRET = {
 @pytest.mark.parametrize("text", LOOKS_LIKE_A_SECRET.values(), ids=LOOKS_LIKE_A_SECRET)
 def test_what_looks_like_a_secret_is_refused(text):
     with pytest.raises(ValueError, match="what looks like a key or token"):
-        secrets.refuse("the page", f"before {text} after")
+        leaks.refuse("the page", f"before {text} after")
 
 
 def test_the_environments_own_secret_is_refused(monkeypatch):
     monkeypatch.setitem(os.environ, "HF_TOKEN", "a-plain-word")
     with pytest.raises(ValueError, match="the page holds HF_TOKEN"):
-        secrets.refuse("the page", "it says a-plain-word")
+        leaks.refuse("the page", "it says a-plain-word")
 
 
 def test_hashes_are_no_secrets():
-    secrets.refuse("x", "7ae557604adf67be50417f59c2c2f167def9a775 " + "0123456789abcdef" * 4)
+    leaks.refuse("x", "7ae557604adf67be50417f59c2c2f167def9a775 " + "0123456789abcdef" * 4)

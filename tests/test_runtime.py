@@ -535,6 +535,27 @@ def test_a_manifest_counts_the_gpus(tmp_path, monkeypatch):
     assert runtime.provenance()["gpus"] == 2
 
 
+@pytest.mark.parametrize(("chosen", "count"), [("1", 1), ("", 0), ("-1", 0)])
+def test_hidden_gpus_are_not_counted(chosen, count, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert runtime.gpu_count() == count
+
+
+def test_a_page_inside_another_takes_secrets_from_the_environment_only(on_kaggle, monkeypatch):
+    class UserSecretsClient:
+        def get_secret(self, name):
+            return CANARY
+
+    client = types.ModuleType("kaggle_secrets")
+    client.UserSecretsClient = UserSecretsClient
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", client)
+    assert runtime.secret("HF_TOKEN") == CANARY
+    monkeypatch.setenv(runtime.NESTED, "1")
+    assert runtime.secret("HF_TOKEN") is None
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    assert runtime.secret("HF_TOKEN") == "mine"
+
+
 # --- the hub --------------------------------------------------------------------------------------
 
 

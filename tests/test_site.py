@@ -48,7 +48,7 @@ UNREACHED = """() => [...document.querySelectorAll("a[href], button, summary, in
 @pytest.fixture(scope="session")
 def site():
     done = subprocess.run(
-        [sys.executable, "-m", "tools.site"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tools.website"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return SITE

@@ -85,6 +85,10 @@ ERRORS = {
         {"objective": {"metric": "validation_loss", "direction": "up"}},
         "objective.direction is 'up'",
     ),
+    "the wrong direction": (
+        {"objective": {"metric": "validation_loss", "direction": "maximize"}},
+        "would take the worst; minimize validation_loss",
+    ),
     "negative budget": ({"budget": {"trials": -3}}, "budget.trials is -3"),
     "no hours": ({"budget": {"hours": 0}}, "budget.hours is 0"),
     "endless": ({"sampler": "tpe"}, "budget.trials is not set"),
@@ -94,9 +98,21 @@ ERRORS = {
     "the seed as a parameter": ({"space": {"train.seed": [1]}}, "train.seed is set by the sweep"),
     "publishing": ({"set": {"output.hub_repo": "me/x"}}, "output.hub_repo is set by the sweep"),
     "the test prompts": ({"prompts": "embedded:ifeval"}, "the test prompts themselves"),
+    "prompts that are not there": ({"prompts": "configs/none.jsonl"}, "which does not exist"),
     "a multiple of nothing": (
         {"multiples": {"lora.lora_alpha": {"of": "lora.rank", "times": 2}}},
         "follows 'lora.rank'",
+    ),
+    "a multiple that is no whole number": (
+        {"multiples": {"lora.lora_alpha": {"of": "lora.r", "times": 0.3}}},
+        "lora.lora_alpha is 1.2",
+    ),
+    "a multiple of a word": (
+        {
+            "space": {"lora.bias": ["none", "all"]},
+            "multiples": {"lora.lora_alpha": {"of": "lora.bias", "times": 2}},
+        },
+        "follows lora.bias, which is no number",
     ),
     "unknown overlay": ({"overlay": "nope"}, "Unknown config 'nope'"),
 }
@@ -532,17 +548,17 @@ def test_different_prompts_are_not_compared():
         sweep_report.compare(a_row(0, [passing(3, 5)]), a_row(1, [passing(3, 6)]))
 
 
-def test_the_winner_is_a_recipe_that_loads(four_points, tmp_path, monkeypatch):
-    """The overlay's own learning rate is 5e-3: beside the recipe it would undo the winner's."""
+@pytest.mark.parametrize("config", ["sft_qwen05b", "sft_qwen05b_fast"])
+@pytest.mark.parametrize("overlay", ["", "offline"])
+def test_the_winner_as_a_recipe_is_the_winner(config, overlay, four_points, tmp_path, monkeypatch):
+    four_points["sweep"] |= {"config": config, "overlay": overlay, "set": {"data.n_samples": 70}}
     best = sweep_report.points(four_points)[0]
-    shutil.copytree(configuration.FOLDER, tmp_path / "configs")
-    winner = tmp_path / "configs" / "winner.yaml"
-    winner.write_text(sweep_report.winner_yaml(four_points, best), "utf-8")
-    monkeypatch.setattr(configuration, "FOLDER", tmp_path / "configs")
-    config = configuration.load("winner")
-    assert (config.train.learning_rate, config.lora.r) == (1e-3, 4)
-    assert config.model.base == "embedded:base"
-    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    recipe = sweep_report.winner_yaml(four_points, best)
+    won = configuration.load(config, overlay, {"data.n_samples": 70} | best["point"])
+    folder = shutil.copytree(configuration.FOLDER, tmp_path / "configs")
+    (folder / "winner.yaml").write_text(recipe, "utf-8")
+    monkeypatch.setattr(configuration, "FOLDER", folder)
+    assert configuration.load("winner").as_dict() == won.as_dict()
 
 
 def test_costs_and_overhead(four_points):

@@ -55,13 +55,13 @@ def test_without_a_kaggle_secret_nothing_is_pushed():
     """A fork has no secret: every job but the one that looks waits for its word."""
     assert "there == 'true'" in jobs("kaggle.yml")["build"]["if"]
     look = jobs("kaggle.yml")["account"]["steps"][0]["run"]
-    for token, expected in (("", "::notice::"), ("x", "")):
+    for token, name in (("", ""), ("x", ""), ("", "x"), ("x", "x")):
         done = subprocess.run(
             ["bash", "-e", "-c", look], capture_output=True, text=True, check=True,
-            env={"TOKEN": token, "GITHUB_OUTPUT": "/dev/stdout"},
+            env={"TOKEN": token, "NAME": name, "GITHUB_OUTPUT": "/dev/stdout"},
         )  # fmt: skip
-        assert expected in done.stdout
-        assert ("there=true" in done.stdout) == bool(token)
+        assert ("there=true" in done.stdout) == bool(token and name)
+        assert ("::notice::" in done.stdout) != bool(token and name)
 
 
 def test_what_pushing_needs_is_pinned():

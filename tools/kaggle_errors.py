@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from tools import secrets
+from tools import leaks
 
 KERNEL_FAILED, WRONG_INPUT, REFUSED, OUT_OF_ORDER, DEADLINE = 1, 2, 3, 4, 5
 HIDDEN: set[str] = set()  # secrets that the client read from files of its own
@@ -29,12 +29,17 @@ class Problem(Exception):
         self.code, self.status, self.pause = code, status, pause
 
 
-def say(text: str, file: Any = None) -> None:
-    """Print, but never a secret: kernels' logs and servers' messages may quote one."""
-    known = {os.environ.get(name, "") for name in secrets.NAMES} | HIDDEN
+def without_secrets(text: str) -> str:
+    """`text` with the secrets that are known here replaced: logs and messages may quote one."""
+    known = {os.environ.get(name, "") for name in leaks.NAMES} | HIDDEN
     for value in (value for value in known if len(value) > 7):
         text = text.replace(value, "***")
-    print(text, file=file, flush=True)
+    return text
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print, but never a secret."""
+    print(without_secrets(text), file=file, flush=True)
 
 
 def fail(problem: Problem) -> None:
@@ -53,9 +58,7 @@ def explain(what: str, error: Exception) -> Problem:
     cause = next((e for e in (error, error.__context__) if isinstance(e, requests.HTTPError)), None)
     if cause is not None and cause.response is not None:
         return _explain_status(what, cause.response)
-    if isinstance(
-        error, requests.JSONDecodeError | json.JSONDecodeError | AttributeError | TypeError
-    ):
+    if isinstance(error, requests.JSONDecodeError | json.JSONDecodeError):
         return Problem(
             OUT_OF_ORDER,
             f"Cannot {what}: the answer is a page, not Kaggle's (a proxy, an outage?).",
@@ -68,7 +71,9 @@ def explain(what: str, error: Exception) -> Problem:
         return Problem(OUT_OF_ORDER, f"Cannot {what}: Kaggle answers {error}, unknown here.")
     if isinstance(error, ValueError):
         return Problem(WRONG_INPUT, f"Cannot {what}: {' '.join(str(error).split())}")
-    return Problem(OUT_OF_ORDER, f"Cannot {what}: {type(error).__name__}.")
+    # What the client did not expect, from an answer of another shape to a bug, its own or ours.
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return Problem(OUT_OF_ORDER, f"Cannot {what}: the client stopped at {told}.")
 
 
 REASONS = {

@@ -18,7 +18,7 @@ import nbformat
 
 from atlas_lib import artifacts, runtime
 from atlas_lib import config as configuration
-from tools import secrets
+from tools import leaks
 
 PACKED = ("atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
 LIMIT = 1_000_000  # bytes of source that Kaggle takes, about
@@ -251,5 +251,5 @@ def check_payload(page: dict, record: dict[str, Any]) -> None:
     texts = {place: UNPACKED.sub("", text) for place, text in texts.items()}
     texts |= {name: content.decode(errors="replace") for name, content in files.items()}
     for place, text in texts.items():
-        secrets.refuse(place, text)
-    secrets.refuse("the notebook", json.dumps(page), known_only=True)
+        leaks.refuse(place, text)
+    leaks.refuse("the notebook", json.dumps(page), known_only=True)

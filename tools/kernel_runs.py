@@ -13,12 +13,13 @@ from typing import Any
 from atlas_lib import artifacts
 from tools import kaggle_errors as errors
 from tools import kaggle_service as service
-from tools import kernel_build, secrets
+from tools import kernel_build, leaks
 from tools.kaggle_errors import Problem, say
 from tools.kaggle_service import Session
 
 FETCHED = r"^(0\d_\w+|notebooks)/|^metrics\.json$"
 LOG_LINES = 30  # of a kernel that failed
+FAILED_LOG = "failed.log"
 SILENCE = 300.0  # seconds after which an unchanged state is told again
 
 
@@ -214,7 +215,7 @@ def wait(session: Session, folder: Path) -> None:
         if found == "COMPLETE":
             return
         if found == "ERROR":
-            show_log(session, ref, version)
+            show_log(session, ref, version, folder)
             raise Problem(
                 errors.KERNEL_FAILED, f"{what} failed{f': {failure}' if failure else ''}."
             )
@@ -239,8 +240,8 @@ def _state(session: Session, ref: str, version: int) -> tuple[str, str]:
         raise problem from None
 
 
-def show_log(session: Session, ref: str, version: int) -> None:
-    """The last lines of what the kernel printed, as far as they can be had."""
+def show_log(session: Session, ref: str, version: int, folder: Path) -> None:
+    """The last lines of what the kernel printed; all of them go into the folder's failed.log."""
     try:
         lines = service.call(
             session, "fetch the log", lambda: service.log(session, ref, version), retries=1
@@ -248,6 +249,7 @@ def show_log(session: Session, ref: str, version: int) -> None:
     except Problem as problem:
         say(f"warning: {problem}")
         return
+    artifacts.write_lines(folder / FAILED_LOG, map(errors.without_secrets, lines))
     say("\n".join(["the last lines of its log:", *(f"  {line}" for line in lines[-LOG_LINES:])]))
 
 
@@ -284,7 +286,7 @@ def check_files(folder: Path) -> None:
         known_only = path.suffix not in (".ipynb", ".log")
         text = path.read_bytes().decode(errors="replace")
         try:
-            secrets.refuse(str(path.relative_to(folder)), text, known_only)
+            leaks.refuse(str(path.relative_to(folder)), text, known_only)
         except ValueError as error:
             raise Problem(errors.KERNEL_FAILED, f"Nothing was kept: {error}") from None
 

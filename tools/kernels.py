@@ -172,7 +172,8 @@ def delete(args: argparse.Namespace) -> int:
     """delete the kernels with all their versions"""
     session = connected(args)
     for stage in args.stages:
-        ref = kernel_build.metadata_of(STAGES, stage)["id"]
+        ref = runs.pushed(args.folder / stage).get("ref")
+        ref = ref or kernel_build.metadata_of(STAGES, stage)["id"]
         service.delete(session, ref)
         (args.folder / stage / kernel_build.PUSHED).unlink(missing_ok=True)
         errors.say(f"{stage}: deleted {ref}")

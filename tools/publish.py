@@ -6,6 +6,7 @@ python -m tools.publish runs/seed1 --metrics-only    # another run's figures, fo
 
 import argparse
 import ast
+import copy
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import yaml
 
 from atlas_lib import artifacts, audit, notebooks, runtime
 from atlas_lib import config as configuration
-from tools import secrets
+from tools import leaks
 
 RESULTS = runtime.ROOT / "results"
 LARGEST = 1_000_000  # bytes of a file
@@ -72,7 +73,7 @@ def collect(
     for name, text in files.items():
         if len(text.encode()) > LARGEST:
             raise ValueError(f"{name} has {len(text.encode()):,} bytes; at most {LARGEST:,} go in.")
-        secrets.refuse(name, text)
+        leaks.refuse(name, text)
     return files, rows
 
 
@@ -90,20 +91,21 @@ def check_page(stage: str, path: Path, at: str | None = "HEAD") -> nbformat.Note
     if commit.endswith("-dirty") or not known(commit):
         raise ValueError(f"{path} ran at commit {commit}; commit everything and run it again.")
     committed = json.loads(git("show", f"{at or commit}:notebooks/{stage}.ipynb"))
-    if platform == "kaggle":  # there the cell carries the library itself, packed
-        restore_bootstrap(page, committed)
-    if notebooks.sources(page, KINDS) != notebooks.sources(committed, KINDS):
+    ran = as_committed(page, committed) if platform == "kaggle" else page
+    if notebooks.sources(ran, KINDS) != notebooks.sources(committed, KINDS):
         raise ValueError(f"{path} is not the committed notebooks/{stage}.ipynb; run it again.")
-    for problem in problems(page):
+    for problem in problems(page, platform):
         raise ValueError(f"{path}: {problem}.")
     return page
 
 
-def problems(page: nbformat.NotebookNode) -> list[str]:
+def problems(page: nbformat.NotebookNode, platform: str) -> list[str]:
     """What is wrong with the outputs of a page."""
     code = [cell for cell in page.cells if cell.cell_type == "code"]
     outputs = [output for cell in code for output in cell.outputs]
     counts = [cell.execution_count for cell in code]
+    if platform == "kaggle" and "keep" in tags(code[-1]) and counts[-1] is None:
+        counts[-1] = len(code)  # there this very cell copies the page, while it runs
     found = []
     if any(output.output_type == "error" for output in outputs):
         found.append("a cell ended in an error; mend it and run again")
@@ -145,7 +147,7 @@ def parameters_of(page: nbformat.NotebookNode) -> dict[str, Any]:
     """CONFIG, OVERLAY, OUT and SET as the parameter cells, injected or not, leave them."""
     values: dict[str, Any] = {}
     for cell in page.cells:
-        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+        if {"parameters", "injected-parameters"} & set(tags(cell)):
             assigned = [
                 node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)
             ]
@@ -203,18 +205,31 @@ def appended(path: Path, rows: list[dict]) -> list[dict]:
 def text_of(page: nbformat.NotebookNode) -> str:
     """The page as it goes to results/, without the machine's part of OUT and the checkout."""
     out = stamp_of(page, Path("the page"))[3].strip()
-    text = nbformat.writes(page) + "\n"
+    text = nbformat.writes(without_payload(page)) + "\n"
     ran = page.metadata.get("papermill", {}).get("input_path") or ""
-    text = text.replace(out, f"runs/{Path(out).name}" if out != "/kaggle/working" else out)
+    if Path(out).is_absolute() and out != "/kaggle/working":
+        text = text.replace(out, f"runs/{Path(out).name}")
     return text.replace(f"{Path(ran).parent.parent}/", "") if Path(ran).is_absolute() else text
 
 
-def restore_bootstrap(page: nbformat.NotebookNode, committed: dict) -> None:
-    """Put the committed bootstrap cell where a build for Kaggle had put its own."""
-    by_tag = {tag: c for c in committed["cells"] for tag in c["metadata"].get("tags", [])}
+def as_committed(page: nbformat.NotebookNode, committed: dict) -> nbformat.NotebookNode:
+    """A copy of a page that was built for Kaggle, without what tools.kernels put into it."""
+    given = {tag: c for c in committed["cells"] for tag in tags(c)}
+    page = without_payload(page)
     for cell in page.cells:
-        if "bootstrap" in cell.metadata.get("tags", []):
-            cell.source = "".join(by_tag["bootstrap"]["source"])
+        for tag in {"parameters", "bootstrap"} & set(tags(cell)):
+            cell.source = "".join(given[tag]["source"])
+    return page
+
+
+def without_payload(page: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    page = copy.deepcopy(page)
+    page.cells = [cell for cell in page.cells if "payload" not in tags(cell)]
+    return page
+
+
+def tags(cell: dict) -> list[str]:
+    return cell["metadata"].get("tags", [])
 
 
 def known(commit: str) -> bool:

@@ -1,6 +1,6 @@
 """Build the site in build/site from results/, site/ and experiments/; nothing is run for it.
 
-python -m tools.site
+python -m tools.website
 """
 
 import json

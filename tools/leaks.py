@@ -8,7 +8,8 @@ NAMES = ("KAGGLE_KEY", "KAGGLE_API_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
 LOOKS_LIKE = re.compile(
     r"hf_[A-Za-z0-9]{30,}|KGAT_[A-Za-z0-9]{20,}|wandb_v1_\w{60,}|AKIA[0-9A-Z]{16}"
     r"|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"""|(?i:key|token|secret|password|wandb|kaggle)["'\s:=]{1,6}(?:[0-9a-f]{40}|[0-9a-f]{32})\b"""
+    r"|(?i:key|token|secret|password|login|wandb|kaggle)"
+    r"""["'\s\\:=]{1,8}(?:[0-9a-f]{40}|[0-9a-f]{32})\b"""
 )
 
 
