@@ -239,6 +239,19 @@ def test_a_lost_trial_is_taken_over_in_its_own_folder(tmp_path):
 SLOW = {"label": '{"sleep": 3}', "train.learning_rate": 1e-3}
 
 
+def test_a_seed_that_is_recorded_is_not_run_again(tmp_path):
+    study = Study(tmp_path / "home", space={"lora.r": [4]}, set=SLOW)
+    worker = study.worker()
+    second = tmp_path / "home" / "trials" / "0000" / "seed-2" / "starts.txt"
+    wait_for(second.is_file)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    finished(study.worker())
+    assert study.each_point_once()
+    assert starts(study) == {0: 1}
+    assert second.read_text() == "started\n" * 2
+
+
 def test_a_run_that_is_killed_is_done_again(tmp_path):
     study = Study(tmp_path / "home", seeds=[1], space={"lora.r": [4]}, set=SLOW)
     worker = study.worker()

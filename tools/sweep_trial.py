@@ -18,7 +18,7 @@ from atlas_lib import artifacts, runtime
 from atlas_lib import config as configuration
 from atlas_lib import sweep as sweeps
 from atlas_lib.sweep import Sweep
-from tools import sweep_storage
+from tools import sweep_storage, sweep_study
 
 ATTEMPTS = 3  # at a run whose process is killed: each goes on where the last one was
 KILLED = "its process was killed"  # what tools.run says when a notebook's own process is gone
@@ -128,6 +128,13 @@ def _wait(process: subprocess.Popen, spent: Path) -> int:
 
 def read_spent(path: Path) -> float:
     return json.loads(path.read_bytes())["seconds"] if path.is_file() else 0.0
+
+
+def unrecorded_seconds(sweep: Sweep, home: Path, trial: Any) -> float:
+    """What the runs of a trial have cost that ended without a result."""
+    done = sweep_study.runs(trial)
+    lost = [seed for seed in sweep.seeds if str(seed) not in done]
+    return sum(read_spent(folder(home, trial.number, seed) / "spent.json") for seed in lost)
 
 
 def build_shared(

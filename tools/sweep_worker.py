@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -44,16 +43,10 @@ def work(study: Any, sweep: Sweep, held: Any, home: Path) -> None:
 
 def one_trial(study, sweep, trial, home, environment, locks, asked: float) -> None:
     """Run a trial's seeds and record them; its error, if it has one, stops nothing else."""
-    params, runs = trial.params, []
-    point = ", ".join(f"{k}={v}" for k, v in sweeps.point(sweep, params).items())
+    point = ", ".join(f"{k}={v}" for k, v in sweeps.point(sweep, trial.params).items())
     print(f"trial {trial.number}: {point}", flush=True)
     try:
-        for seed in sweep.seeds:
-            done = sweep_trial.measure(
-                sweep, trial.number, params, seed, home, environment, locks
-            ) | {"ask_seconds": asked if not runs else 0.0}
-            trial.set_user_attr(f"{sweep_study.SEED}{seed}", done)
-            runs.append(done)
+        runs = run_seeds(sweep, trial, home, environment, locks, asked)
         value = sweep_trial.objective(sweep, runs)
         counted = sweep_study.complete(study, trial, value)
     except UpdateFinishedTrialError:
@@ -63,16 +56,27 @@ def one_trial(study, sweep, trial, home, environment, locks, asked: float) -> No
         raise
     except (RuntimeError, ValueError, OSError) as error:
         print(f"trial {trial.number} failed: {error}", flush=True)
+        seconds = sweep_trial.unrecorded_seconds(sweep, home, trial)
         with contextlib.suppress(UpdateFinishedTrialError):
-            failed = sweep_trial.folder(home, trial.number, seed) / "spent.json"
-            seconds = sweep_trial.read_spent(failed)
             sweep_study.fail(study, trial._trial_id, str(error), seconds)
         return
     if not counted:
         print(f"trial {trial.number} was ended by another worker: not counted again", flush=True)
         return
-    print(f"trial {trial.number}: {sweep.objective.metric} {value:.4f}; {progress(study, sweep)}")
-    sys.stdout.flush()
+    done = f"trial {trial.number}: {sweep.objective.metric} {value:.4f}"
+    print(f"{done}; {progress(study, sweep)}", flush=True)
+
+
+def run_seeds(sweep, trial, home, environment, locks, asked: float) -> list[dict]:
+    """The results of all seeds; those that an earlier worker has recorded are kept."""
+    runs = sweep_study.runs(trial)
+    for seed in (seed for seed in sweep.seeds if str(seed) not in runs):
+        found = sweep_trial.measure(
+            sweep, trial.number, trial.params, seed, home, environment, locks
+        )
+        runs[str(seed)] = found | {"ask_seconds": asked if not runs else 0.0}
+        trial.set_user_attr(f"{sweep_study.SEED}{seed}", runs[str(seed)])
+    return list(runs.values())
 
 
 def progress(study: Any, sweep: Sweep) -> str:
