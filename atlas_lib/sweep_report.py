@@ -7,6 +7,8 @@ from typing import Any
 from atlas_lib import config as configuration
 from atlas_lib import statistics
 
+WORK = ("training", "answers")  # how the parts of a run end that are not overhead
+
 
 def points(exported: dict) -> list[dict]:
     """The complete trials, {number, point, varied, value, runs, ...} each, the best first."""
@@ -211,14 +213,14 @@ def device_hours(exported: dict) -> float:
 
 
 def overhead(exported: dict) -> dict[str, float]:
-    """Mean seconds a run by part; `overhead` is all but training and answering."""
+    """Mean seconds a run by part; `overhead` is all but training and asking the model."""
     runs = [run for row in exported["trials"] for run in row["runs"].values() if run["parts"]]
     if not runs:
         return {}
     names = dict.fromkeys(name for run in runs for name in run["parts"])
     parts = {name: plain.mean(run["parts"].get(name, 0.0) for run in runs) for name in names}
     parts["asking Optuna"] = plain.mean(run["ask_seconds"] for run in runs)
-    rest = sum(seconds for name, seconds in parts.items() if not name.endswith(": work"))
+    rest = sum(seconds for name, seconds in parts.items() if not name.endswith(WORK))
     return parts | {"overhead": rest}
 
 

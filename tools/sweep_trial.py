@@ -24,8 +24,12 @@ ATTEMPTS = 3  # at a run whose process is killed: each goes on where the last on
 KILLED = "its process was killed"  # what tools.run says when a notebook's own process is gone
 TICK = 5.0  # seconds: how exactly a killed run's time is known
 MOST_POINTS = 200  # of a loss curve in the storage
-# The cell of a notebook that does the work; all the rest is overhead.
-WORK = {"03_sft_train": "trainer.train(", "04_ifeval_eval": "grid.ask_all("}
+# The cells of a page that train and ask the model, by a call in them; all the rest is overhead.
+WORK = {
+    "trainer.train(": "training",
+    "trainer.model.disable_adapter(": "sample answers",
+    "grid.ask_all(": "answers",
+}
 
 
 def folder(home: Path, number: int, seed: int) -> Path:
@@ -250,11 +254,11 @@ def parts(sweep: Sweep, out: Path, seconds: float) -> dict[str, float]:
         cells = [
             (c["metadata"]["papermill"]["duration"] or 0.0, c["source"]) for c in page["cells"]
         ]
-        work = sum(d for d, source in cells if WORK.get(stage, "\0") in "".join(source))
+        names = [next((WORK[w] for w in WORK if w in "".join(s)), "other cells") for _, s in cells]
+        for name, (duration, _) in zip(names, cells, strict=True):
+            found[f"{stage}: {name}"] = found.get(f"{stage}: {name}", 0.0) + duration
         inside = sum(duration for duration, _ in cells)
-        found[f"{stage}: work"] = work
         found[f"{stage}: kernel"] = page["metadata"]["papermill"]["duration"] - inside
-        found[f"{stage}: other cells"] = inside - work
     if found:
         found["processes"] = max(0.0, seconds - sum(found.values()))
     return found
