@@ -48,7 +48,7 @@ sweep: setup            ## a parameter sweep, killed or not: SWEEP=lr_rank, a fi
 	@$(BIN)/python -m tools.sweep run $(or $(SWEEP),lr_rank_offline) $(ARGS)
 
 publish: .venv/dev.stamp  ## checked pages and metrics of a finished run into results/: RUN=folder
-	@$(BIN)/python -m tools.publish $(RUN) $(ARGS)
+	@$(BIN)/python -m tools.publish $(or $(RUN),runs/sft_qwen05b-offline) $(ARGS)
 
 site: .venv/dev.stamp   ## the write-up as a website, from results/ into build/site
 	@$(BIN)/python -m tools.website

@@ -1,5 +1,6 @@
 """README's worked example runs: another model of the Qwen2 architecture, a local jsonl."""
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from atlas_lib import config as configuration
 from atlas_lib import corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +24,13 @@ def example() -> list[str]:
     section = text.partition("## Another model, other data")[2]
     command = re.search(r"```sh\n(.*?)```", section, flags=re.S)[1]
     return shlex.split(command.replace("\\\n", " "))[1:]  # without "python"
+
+
+def test_the_command_is_valid_as_it_stands():
+    overrides = [value for flag, value in itertools.pairwise(example()) if flag == "--set"]
+    config = configuration.load("sft_qwen05b", "", configuration.parse_assignments(overrides))
+    assert (config.label, config.output.hub_repo) == ("mine", None)
+    assert config.eval.formats == ["raw", "chat"]
 
 
 @pytest.mark.slow

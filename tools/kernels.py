@@ -96,7 +96,10 @@ def build(args: argparse.Namespace) -> int:
     started = time.monotonic()
     _, dirty = kernel_build.head()
     if dirty and not args.allow_dirty:
-        raise ValueError("There are uncommitted changes; commit them, or say --allow-dirty.")
+        raise ValueError(
+            "There are uncommitted changes; commit them, or say --allow-dirty "
+            "(make: ARGS=--allow-dirty)."
+        )
     overrides = configuration.parse_assignments(args.set)
     choice = {"config": args.config, "overlay": args.overlay, "set": overrides}
     for stage in args.stages:

@@ -28,7 +28,11 @@ def main() -> None:
     assemble(source)
     target = str(ROOT / TARGET)
     shutil.rmtree(target, ignore_errors=True)  # a page that is gone must not stay
-    sys.exit(sphinx_build(["-q", "-W", "--keep-going", "-n", "-b", "html", str(source), target]))
+    if status := sphinx_build(
+        ["-q", "-W", "--keep-going", "-n", "-b", "html", str(source), target]
+    ):
+        sys.exit(status)
+    print(f"{TARGET / 'index.html'} is built")
 
 
 def assemble(source: Path) -> None:
