@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,19 +249,36 @@ def report_to(config: Any, out: Path) -> str:
     return "wandb"
 
 
+WANDB_SECONDS = 60  # for the check of its key
+# In a process of its own: wandb reads the environment when it starts, which is not yet what it will
+# be, and waits without end for a service of its own that does not come to an end.
+WANDB_PROBE = """
+import os, sys, wandb
+try:
+    wandb.Api(timeout=5)
+    print("accepted")
+except Exception as error:
+    print(" ".join(str(error).split()))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 def _wandb_refuses(key: str, mode: str | None) -> str | None:
     """Why W&B will not work with this key, in a few words; None: it will. Takes seconds."""
     if mode == "offline":
         return None
-    import wandb
-
-    try:
-        wandb.Api(api_key=key, timeout=5)
-    except Exception as error:
-        return " ".join(str(error).split()).replace(key, "***").rstrip(".")
-    finally:
-        wandb.teardown()  # it has read the environment, which is not what it will be
-    return None
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": WANDB_SECONDS}
+    environment = os.environ | {"WANDB_API_KEY": key}
+    with tempfile.TemporaryFile("w+") as told:  # no pipe, which wandb's service would keep open
+        try:
+            command = [sys.executable, "-c", WANDB_PROBE]
+            subprocess.run(command, stdout=told, env=environment, **quiet)
+        except subprocess.TimeoutExpired:
+            return f"it does not answer within {WANDB_SECONDS} s"
+        told.seek(0)
+        said = told.read().strip().replace(key, "***").rstrip(".")
+    return None if said == "accepted" else said or "the check of the key said nothing"
 
 
 def start(config: Any, out: Path) -> None:

@@ -386,6 +386,17 @@ def test_an_unreachable_wandb_is_off(at_the_stub, config, monkeypatch, tmp_path,
     assert "W&B: off (" in capfd.readouterr().out
 
 
+def test_a_wandb_that_never_answers_is_off(config, tmp_path, monkeypatch, capsys):
+    """Its service may outlive the process that asked, and hold on to its output."""
+    service = "[sys.executable, '-c', 'import time; time.sleep(20)']"
+    (tmp_path / "wandb.py").write_text(f"import subprocess, sys\nsubprocess.run({service})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(runtime, "WANDB_SECONDS", 1)
+    assert runtime.report_to(config, tmp_path) == "none"
+    assert "W&B: off (it does not answer within 1 s)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", [None, ""])
 def test_wandb_is_off_without_a_key(key, config, monkeypatch, tmp_path, capfd):
     if key is not None:
