@@ -7,9 +7,11 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import loopback
 
 TOKEN = "hf_canary2f9c1d"
 # What `Hub.faults` may hold, and the answer that it plants.
@@ -196,13 +198,8 @@ def serve() -> Iterator[Hub]:
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    # The interval is how long a test waits for the end of its hub.
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield hub
-    finally:
-        hub.closing.set()
-        server.shutdown()
-        server.server_close()
+    with loopback.serving(Handler) as hub.endpoint:
+        try:
+            yield hub
+        finally:
+            hub.closing.set()

@@ -5,9 +5,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import loopback
 
 USER = "agaonker"
 KEY = "canary5e8c02b7f4d1a9c3"
@@ -157,12 +159,8 @@ def serve() -> Iterator[Kaggle]:
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    kaggle.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield kaggle
-    finally:
-        kaggle.closing.set()
-        server.shutdown()
-        server.server_close()
+    with loopback.serving(Handler) as kaggle.endpoint:
+        try:
+            yield kaggle
+        finally:
+            kaggle.closing.set()

@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import IPython
+import loopback
 import psutil
 import pytest
 
@@ -340,11 +340,8 @@ def wandb_service():
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with loopback.serving(Stub) as address:
+        yield address
 
 
 @pytest.fixture
@@ -606,11 +603,8 @@ def stub_hub():
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with loopback.serving(Stub) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
