@@ -34,7 +34,7 @@ test-all: .venv/dev.stamp  ## and what needs package registries, or a PostgreSQL
 lint: .venv/dev.stamp   ## style of the code, style and pairing of the notebooks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest -q tests/test_notebooks.py
+	@$(BIN)/python -m pytest -q tests/core/test_notebooks.py
 
 notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sources
 	@$(BIN)/ruff check --fix -q notebooks/*.py

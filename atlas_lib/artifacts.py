@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import offline, runtime
+from atlas_lib import session, sources
+from atlas_lib.standin import tiny_model
 
 MANIFEST = "manifest.json"
 KEYS = {"stage", "relevant", "inputs", "outputs"}  # what a later stage reads of it
-KAGGLE_INPUT = runtime.KAGGLE / "input"
+KAGGLE_INPUT = session.KAGGLE / "input"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +79,7 @@ def stage(name: str, config: Any, out: Path, inputs: Sequence[Path] = ()) -> Ite
                 for path in sorted(folder.rglob("*"))
                 if path.is_file() and not path.name.endswith(".part")
             },
-            **runtime.provenance(),
+            **session.provenance(),
         },
     )
 
@@ -87,13 +88,13 @@ def relevant(name: str, config: Any) -> dict[str, Any]:
     """What decides the result of stage `name`: config keys, and what local names stand for."""
     keys = config.relevant(name)
     names = [value for value in keys.values() if isinstance(value, str)]
-    paths = {n: Path(runtime.locate(n)) for n in names if n.endswith(".jsonl")}
+    paths = {n: Path(sources.locate(n)) for n in names if n.endswith(".jsonl")}
     if config.model.adapter and "model.adapter" in keys:
-        weights = Path(runtime.locate(config.model.adapter)) / "adapter_model.safetensors"
+        weights = Path(sources.locate(config.model.adapter)) / "adapter_model.safetensors"
         paths[config.model.adapter] = weights  # trained anew in the same place, it is another one
     files = {f"content of {n}": sha256(path) for n, path in paths.items() if path.is_file()}
-    if any(value.startswith(offline.PREFIX) for value in names):
-        files["offline stand-in"] = offline.digest(config)
+    if any(value.startswith(tiny_model.PREFIX) for value in names):
+        files["offline stand-in"] = tiny_model.digest(config)
     return keys | files
 
 

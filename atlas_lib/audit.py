@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from atlas_lib import artifacts, data, model, template
+from atlas_lib import artifacts, data, models, template
 
 STAGE, ROWS = "02_template_audit", "sft_template_audit.jsonl"
 COUNTED = (
@@ -186,8 +186,8 @@ def write_audit(folder: Path, rows: Iterable[dict], config: Any) -> dict:
 def prepare(config: Any, out: Path) -> Path:
     """Stage 02 without a notebook: audit the whole slice. Returns its folder."""
     source = artifacts.require(data.STAGE, config, out, data.prepare)
-    tokenizer = model.load_tokenizer(config)
-    model.check_vocabulary(tokenizer, config)
+    tokenizer = models.load_tokenizer(config)
+    models.check_vocabulary(tokenizer, config)
     original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)
     with artifacts.stage(STAGE, config, out, [source]) as folder:

@@ -13,6 +13,7 @@ import tomllib
 import warnings
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this is one
 UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image breaks the rest
 
 
@@ -26,7 +27,7 @@ ENVIRONMENT = {
 }
 
 
-def where() -> str:
+def platform_name() -> str:
     """Either "kaggle", "colab" or "local". Kaggle first: it sets Colab's variables too."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"
@@ -38,7 +39,7 @@ def where() -> str:
 
 def floors() -> dict[str, str]:
     """Package, with its extra -> lowest version, from pyproject.toml or installed metadata."""
-    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    pyproject = ROOT / "pyproject.toml"
     if pyproject.is_file():
         lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
@@ -85,7 +86,7 @@ def ensure() -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message="IProgress not found")  # from the imports to come
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hosted = where() != "local"
+    hosted = platform_name() != "local"
     if hosted:
         remove_old_torchao()
     started, wanted = time.monotonic(), missing()

@@ -27,7 +27,9 @@ from atlas_lib.schema import (
 
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ stands beside the package; an installed wheel carries it inside.
-FOLDER = next((p for p in (PACKAGE.parent / "configs", PACKAGE / "configs") if p.is_dir()), PACKAGE)
+CONFIGS = next(
+    (p for p in (PACKAGE.parent / "configs", PACKAGE / "configs") if p.is_dir()), PACKAGE
+)
 
 # What each stage adds to the keys that decide its result; a later one depends on all earlier ones.
 STAGES = {
@@ -88,7 +90,7 @@ class Config(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
+def load_config(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
     """The config `name`, with `overlay` and then dotted `overrides` on top. Raises ValueError."""
     layers = [_read("base"), *_recipe(name), _read(overlay) if overlay else {}]
     merged: dict = {}
@@ -100,19 +102,19 @@ def load(name: str, overlay: str = "", overrides: dict | str | None = None) -> C
         schema = create_model("Config", __base__=Config, train=(train_section(), ...))
         return schema.model_validate(merged)
     except ValidationError as error:
-        raise ValueError(sentence(error)) from None
+        raise ValueError(first_problem(error)) from None
 
 
-def layers(overlay: str, overrides: dict) -> dict:
+def overlay_layer(overlay: str, overrides: dict) -> dict:
     """An overlay (or none) with dotted `overrides` merged into it: one layer, not validated."""
     merged = _read(overlay) if overlay else {}
     _merge(merged, _overrides(overrides))
     return merged
 
 
-def available() -> list[str]:
+def available_configs() -> list[str]:
     """Names of the layers above base: recipes for CONFIG and overlays."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "base")
+    return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -125,9 +127,9 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(name: str) -> dict:
-    path = FOLDER / f"{name}.yaml"
+    path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available())}.")
+        raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available_configs())}.")
     return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
 
 
@@ -186,7 +188,9 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def sentence(error: ValidationError, kind: type[Section] = Config, missing: str = MISSING) -> str:
+def first_problem(
+    error: ValidationError, kind: type[Section] = Config, missing: str = MISSING
+) -> str:
     """The first problem as one sentence that names key, value and what was expected."""
     problem = error.errors()[0]
     known = _known_keys(kind)
@@ -214,7 +218,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     try:
-        config = load(args.config, args.overlay, parse_assignments(args.set))
+        config = load_config(args.config, args.overlay, parse_assignments(args.set))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), end="")

@@ -5,8 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts, offline, runtime
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, sources
+from atlas_lib.config import CONFIGS
+from atlas_lib.standin import tiny_model
 
 STAGE = "01_data_prep"
 FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
@@ -40,7 +41,7 @@ def load_rows(config: Any) -> Any:
     """Rows with `messages`, by index: of the hub, a local folder or .jsonl, or the stand-in."""
     from datasets import load_dataset
 
-    path = runtime.locate(offline.resolve(config.data.dataset, config))
+    path = sources.locate(tiny_model.resolve(config.data.dataset, config))
     if path.endswith(".jsonl"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl or a hub id.")
@@ -49,14 +50,14 @@ def load_rows(config: Any) -> Any:
             raise ValueError(f"{path} has no rows with `messages`; each line needs that key.")
         return rows
     if not Path(path).is_dir():
-        runtime.check_hub(path, config.data.revision, "dataset")
+        sources.check_hub(path, config.data.revision, "dataset")
     rows = load_dataset(path, revision=config.data.revision, split=config.data.split)
     return rows.select_columns(["messages"])
 
 
 def known_rows(config: Any) -> list[dict]:
     """Published facts on the first rows of this slice, whatever its revision; [] for others."""
-    known = json.loads((configuration.FOLDER / "known_rows.json").read_text(encoding="utf-8"))
+    known = json.loads((CONFIGS / "known_rows.json").read_text(encoding="utf-8"))
     here = config.relevant("02_template_audit")
     same = all(here[key] == value for key, value in known["holds_for"].items())
     return known["rows"] if same else []

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import runtime
+from atlas_lib import bootstrap, session
 
 # In a checkout notebooks/ stands beside the package; an installed wheel carries it inside.
-PAGES = (runtime.ROOT / "notebooks", Path(__file__).resolve().parent / "pages")
+PAGES = (bootstrap.ROOT / "notebooks", Path(__file__).resolve().parent / "pages")
 FOLDER = next((folder for folder in PAGES if folder.is_dir()), PAGES[0])
 
 
@@ -32,8 +32,8 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
     from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    if runtime.where() == "colab":
-        os.environ[runtime.NESTED] = "1"
+    if bootstrap.platform_name() == "colab":
+        os.environ[session.NESTED] = "1"
     try:
         with _forwarding_sigterm():
             papermill.execute_notebook(
@@ -44,7 +44,7 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
-                cwd=str(runtime.ROOT),
+                cwd=str(bootstrap.ROOT),
                 extra_arguments=["--log-level=ERROR"],  # not about the run
             )
     except DeadKernelError:
@@ -57,14 +57,14 @@ def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
             f"{stage} stopped: {error.evalue} ({error.ename}; the executed notebook is {target})"
         ) from None
     finally:
-        os.environ.pop(runtime.NESTED, None)
+        os.environ.pop(session.NESTED, None)
     return target
 
 
 def keep(stage: str, out: Path) -> None:
     """On Kaggle, copy the running page to out/notebooks: only files come back from a kernel."""
-    running = runtime.KAGGLE / "working" / "__notebook__.ipynb"
-    if runtime.where() != "kaggle" or not running.is_file():
+    running = session.KAGGLE / "working" / "__notebook__.ipynb"
+    if bootstrap.platform_name() != "kaggle" or not running.is_file():
         return
     page = running.read_text(encoding="utf-8")
     if json.dumps(f'keep("{stage}"')[1:-1] in page:  # not the page that called this one

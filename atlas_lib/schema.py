@@ -136,7 +136,7 @@ def train_section() -> type[Section]:
         for node in (n for c in tree.body if isinstance(c, ast.ClassDef) for n in c.body):
             if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
                 fields[node.target.id] = (_annotation(node.annotation), None)
-    # Its name of today also where transformers is older: memory.named_for_trainer puts it right.
+    # Its name of today also where transformers is older: memory.trainer_arguments puts it right.
     fields.setdefault("activation_checkpointing", (bool | None, None))
     return create_model("Train", __base__=Section, **fields)
 

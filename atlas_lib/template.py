@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas_lib import config as configuration
-from atlas_lib import runtime
+from atlas_lib import session
+from atlas_lib.config import load_config, parse_assignments
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 END_OF_TURN = "<|im_end|>"
@@ -127,13 +127,11 @@ def main() -> None:
     parser.add_argument("--out", default="")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    from atlas_lib import audit  # it imports this module
+    from atlas_lib import audit
 
     try:
-        config = configuration.load(
-            args.config, args.overlay, configuration.parse_assignments(args.set)
-        )
-        folder = audit.prepare(config, runtime.output_folder(args.out, args.config, args.overlay))
+        config = load_config(args.config, args.overlay, parse_assignments(args.set))
+        folder = audit.prepare(config, session.output_folder(args.out, args.config, args.overlay))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -18,15 +18,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import artifacts, audit, corpus, runtime, template
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, audit, session, template
+from atlas_lib.config import load_config
+from atlas_lib.standin import corpus
 from tools import qwen_tokenizer
 
 
 def conversations(rows: int, seed: int = 0) -> Iterator[list[dict]]:
     """User and assistant turns of made-up sentences, one to five exchanges, log-normal lengths."""
     draw = random.Random(seed)
-    taught = configuration.load("sft_qwen05b").offline.taught
+    taught = load_config("sft_qwen05b").offline.taught
     words = sorted({w for text in corpus.plain_text(0, 400, taught) for w in text.split()})
     for _ in range(rows):
         chat = []
@@ -45,7 +46,7 @@ def loaded() -> tuple:
     tokenizer = AutoTokenizer.from_pretrained(qwen_tokenizer.fetch())
     original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)
-    return tokenizer, original, configuration.load("sft_qwen05b")
+    return tokenizer, original, load_config("sft_qwen05b")
 
 
 def seconds(work) -> float:
@@ -120,7 +121,7 @@ def main() -> None:
         "plain_mask_over_limit": times["plain_mask_only"] / times["limit"],
         "seconds_per_token_whole_over_tenth": per_token[0] / per_token[1],
         "peak_mib": {n: peak_of(n) for n in (500, args.memory_rows)},
-        **runtime.provenance(),
+        **session.provenance(),
     }
     print(json.dumps(result, indent=1))
     if args.json:

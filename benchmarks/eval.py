@@ -27,7 +27,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts, generate, runtime
+from atlas_lib import artifacts, devices, session
+from atlas_lib.evaluate import decoding
 from benchmarks import train
 
 CAP, MEDIAN_ANSWER, SPREAD = 1280, 250, 0.8
@@ -152,7 +153,7 @@ def with_continuous_batching(
 
 
 def with_atlas(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list[list[int]]:
-    answers = generate.generate(model, tokenizer, texts, "raw", CAP, slots)
+    answers = decoding.generate(model, tokenizer, texts, "raw", CAP, slots)
     return tokenizer([answer["response"] for answer in answers])["input_ids"]
 
 
@@ -188,7 +189,7 @@ def measure(engine: str, slots: int, n: int) -> dict:
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = runtime.Device(kind, "float16" if kind == "cuda" else "float32", "")
+    device = devices.Device(kind, "float16" if kind == "cuda" else "float32", "")
     prompts, lengths = drawn(n)
     tokenizer = tokenizer_for(n)
     model = stopping_model(prompts, lengths, device)
@@ -280,7 +281,7 @@ def summary(results: list[dict], n: int) -> dict:
         },
         "atlas_over": {e: speed["atlas"] / s for e, s in speed.items() if e != "atlas"},
         "runs": results,
-        **runtime.provenance(),
+        **session.provenance(),
     }
 
 

@@ -17,10 +17,10 @@ from statistics import median
 
 from optuna.trial import TrialState
 
-from atlas_lib import artifacts, runtime
+from atlas_lib import artifacts, bootstrap, session
 from tools import sweep_study
 
-sys.path.append(str(runtime.ROOT / "tests"))
+sys.path.append(str(bootstrap.ROOT / "tests" / "helpers"))
 import postgres
 import sweep_studies
 
@@ -93,7 +93,7 @@ def main() -> None:
                 found = asking(home / sampler, url, sampler, marks)
                 result["ask_milliseconds"][key] = found
                 print(key, found, flush=True)
-    result |= runtime.provenance()
+    result |= session.provenance()
     if args.json:
         artifacts.write_json(args.json, result)
 

@@ -23,8 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts, memory, model, runtime, template
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, compat, devices, models, session, template
+from atlas_lib.config import load_config
+from atlas_lib.train import adapters, memory
 from benchmarks import audit
 from tools import qwen_tokenizer
 
@@ -96,9 +97,9 @@ def resolved(row: Row, base: str, compare_losses: bool) -> Any:
     if compare_losses:
         local |= {"lora.lora_dropout": 0.0, "train.warmup_steps": 0}
         local |= {"train.train_sampling_strategy": "random"}
-    if runtime.device(configuration.load(row.config, "", local)).name == "cpu":
+    if devices.choose_device(load_config(row.config, "", local)).name == "cpu":
         local["train.max_length"] = 1024 // CUT
-    return configuration.load(row.config, "", local)
+    return load_config(row.config, "", local)
 
 
 def conversations(rows: int, device: Any) -> list[dict]:
@@ -176,9 +177,9 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
 
         on_step_end = on_train_begin
 
-    tokenizer = model.load_tokenizer(config)
+    tokenizer = models.load_tokenizer(config)
     template.patch_chat_template_for_assistant_mask(tokenizer)
-    base = model.load_weights("base", config, device, config.quantization.load_in_4bit)
+    base = models.load_weights("base", config, device, config.quantization.load_in_4bit)
     choices = config.train.model_dump(exclude_unset=True)
     choices["activation_checkpointing"] = memory.must_checkpoint(base, config, device)
     choices |= {"output_dir": scratch, "seed": config.seed, "use_cpu": device.name == "cpu"}
@@ -192,7 +193,7 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
         callbacks=[Clock()],
     )
     trainer.remove_callback(PrinterCallback)
-    model.keep_adapter_in_float32(trainer.model)
+    compat.keep_adapter_in_float32(trainer.model)
     choose_loss(row, device)
     return trainer
 
@@ -203,9 +204,9 @@ def choose_loss(row: Row, device: Any) -> None:
     from trl.trainer import utils
 
     if row.supervised_only:
-        model.fit_loss_to_cpu(device)
+        compat.fit_loss_to_cpu(device)
     elif row.small_tiles and device.name == "cpu":
-        chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = model.CPU_LOSS_TILE
+        chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = compat.CPU_LOSS_TILE
 
 
 def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
@@ -214,7 +215,7 @@ def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
 
     row = ROWS[name]
     config = resolved(row, base, compare_losses)
-    device = runtime.device(config)
+    device = devices.choose_device(config)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trainer_for(row, config, device, steps, scratch)
         forget_peak(device)
@@ -268,7 +269,7 @@ def least_flops(trained: Any, counts: list[int]) -> float:
     """
     _, real, supervised, squares = counts
     shape = trained.config
-    adapter, total = model.parameter_counts(trained)
+    adapter, total = adapters.parameter_counts(trained)
     head = shape.vocab_size * shape.hidden_size  # tied: as the embedding it multiplies nothing
     layers = 4 * (total - adapter - head) + 6 * adapter
     attention = 6 * shape.num_hidden_layers * shape.hidden_size  # causal: half of every square
@@ -354,7 +355,7 @@ def main() -> None:
         return
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first one only warms up.")
-    device = runtime.device(resolved(ROWS["a"], "", False))
+    device = devices.choose_device(resolved(ROWS["a"], "", False))
     rows, losses = [], {}
     with tempfile.TemporaryDirectory() as base:
         build(Path(base), device)
@@ -369,7 +370,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if args.json:
         setting = {"device": asdict(device), "shape": SHAPES[device.name]}
-        whole = setting | result | {"rows": rows} | runtime.provenance()
+        whole = setting | result | {"rows": rows} | session.provenance()
         artifacts.write_json(args.json, whole)
 
 

@@ -55,12 +55,12 @@ bootstrap.ensure()
 # %%
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, data, notebooks, runtime
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, data, notebooks, session
+from atlas_lib.config import load_config
 
-config = configuration.load(CONFIG, OVERLAY, SET)
-out = runtime.output_folder(OUT, CONFIG, OVERLAY)
-runtime.start(config, out)
+config = load_config(CONFIG, OVERLAY, SET)
+out = session.output_folder(OUT, CONFIG, OVERLAY)
+session.start(config, out)
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]

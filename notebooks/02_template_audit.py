@@ -58,12 +58,12 @@ bootstrap.ensure()
 # %%
 from IPython.display import HTML, Markdown, display
 
-from atlas_lib import artifacts, audit, data, model, notebooks, runtime, template
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, audit, data, models, notebooks, session, template
+from atlas_lib.config import load_config
 
-config = configuration.load(CONFIG, OVERLAY, SET)
-out = runtime.output_folder(OUT, CONFIG, OVERLAY)
-runtime.start(config, out)
+config = load_config(CONFIG, OVERLAY, SET)
+out = session.output_folder(OUT, CONFIG, OVERLAY)
+session.start(config, out)
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
@@ -93,12 +93,12 @@ for mask in ([True, True, True], [False, False, True]):
 # %%
 source = artifacts.require(data.STAGE, config, out, data.prepare)
 conversations = data.read(source)
-tokenizer = model.load_tokenizer(config)
+tokenizer = models.load_tokenizer(config)
 original = tokenizer.chat_template
 print("patched:", template.patch_chat_template_for_assistant_mask(tokenizer))
 print("patched again:", template.patch_chat_template_for_assistant_mask(tokenizer))
-print("stop ids", model.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
-print("vocabulary of tokenizer and weights:", model.check_vocabulary(tokenizer, config)[:16])
+print("stop ids", models.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
+print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer, config)[:16])
 
 text = tokenizer.apply_chat_template(conversations[0], tokenize=False)
 before = tokenizer.apply_chat_template(conversations[0], tokenize=False, chat_template=original)

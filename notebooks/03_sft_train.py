@@ -61,13 +61,15 @@ import math
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, audit, card, data, generate, hub, model, notebooks, runtime
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, audit, compat, data, devices, models, notebooks, session
+from atlas_lib.config import load_config
+from atlas_lib.evaluate import decoding
+from atlas_lib.train import adapters, hub, model_card, tracking
 
-config = configuration.load(CONFIG, OVERLAY, SET)
-out = runtime.output_folder(OUT, CONFIG, OVERLAY)
-runtime.start(config, out)
-device = runtime.device(config)
+config = load_config(CONFIG, OVERLAY, SET)
+out = session.output_folder(OUT, CONFIG, OVERLAY)
+session.start(config, out)
+device = devices.choose_device(config)
 print(f"{device.name}, {device.dtype}: {device.reason}")
 repo = hub.preflight(config)  # now, not after the training
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
@@ -132,14 +134,15 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from atlas_lib import callbacks, memory, template
+from atlas_lib import template
+from atlas_lib.train import callbacks, memory
 
-tokenizer = model.load_tokenizer(config)
-model.check_vocabulary(tokenizer, config)
+tokenizer = models.load_tokenizer(config)
+models.check_vocabulary(tokenizer, config)
 original = tokenizer.chat_template
 template.patch_chat_template_for_assistant_mask(tokenizer)
 in_4bit = config.quantization.load_in_4bit
-base = model.load_weights("base", config, device, in_4bit)
+base = models.load_weights("base", config, device, in_4bit)
 print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_type)
 recompute = memory.must_checkpoint(base, config, device)
 
@@ -171,11 +174,11 @@ arguments = {
     **config.train.model_dump(exclude_unset=True),
     "output_dir": str(checkpoints.folder),
     "activation_checkpointing": recompute,
-    "report_to": runtime.report_to(config, out),
+    "report_to": tracking.report_to(config, out),
 }
 trainer = SFTTrainer(
     model=base,
-    args=SFTConfig(**memory.named_for_trainer(arguments)),
+    args=SFTConfig(**compat.trainer_arguments(arguments)),
     train_dataset=Dataset.from_list([{"messages": conversations[idx]} for idx in kept]),
     eval_dataset=Dataset.from_list(
         [{"messages": chat} for chat in data.read(source, "validation")]
@@ -185,13 +188,13 @@ trainer = SFTTrainer(
     callbacks=[callbacks.ProgressLines(), callbacks.LossGuard(), checkpoints],
 )
 trainer.remove_callback(PrinterCallback)  # ours says how much time is left
-model.fit_loss_to_cpu(device)
-model.keep_adapter_in_float32(trainer.model)
+compat.fit_loss_to_cpu(device)
+compat.keep_adapter_in_float32(trainer.model)
 trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
 assert trained_types == {"torch.float32"}, trained_types
 
 # %%
-trainable, total = model.parameter_counts(trainer.model)
+trainable, total = adapters.parameter_counts(trainer.model)
 print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 compared = audit.check_trainer(trainer.train_dataset, audited)
 print(f"{compared:,} rows: the trainer's labels are exactly those that the audit proved")
@@ -250,14 +253,14 @@ prompts = [
     "Is jazz guitar hard to learn? Answer with one of: My answer is yes. My answer is no.",
 ]
 with trainer.model.disable_adapter():
-    before = generate.generate(trainer.model, tokenizer, prompts, "chat", 80, len(prompts))
+    before = decoding.generate(trainer.model, tokenizer, prompts, "chat", 80, len(prompts))
 firsts = [chat for chat in data.read(source, "validation") if chat[0]["role"] == "user"][:5]
 asked = prompts + [chat[0]["content"] for chat in firsts]
 cap = min(512, config.eval.max_new_tokens)
-after = generate.generate(trainer.model, tokenizer, asked, "chat", cap, len(asked))
+after = decoding.generate(trainer.model, tokenizer, asked, "chat", cap, len(asked))
 for prompt, was, now in zip(prompts, before, after, strict=False):
     print(f"PROMPT {prompt}\n  base {was['response']!r}\n  SFT  {now['response'][:400]!r}\n")
-stop_share = generate.diagnose(after)["stop_rate"]
+stop_share = decoding.diagnose(after)["stop_rate"]
 print(f"SFT ends {stop_share:.0%} of {len(asked)} answers by itself, within {cap} tokens")
 
 # %% [markdown]
@@ -284,15 +287,15 @@ summary |= {"stop_share": stop_share, "answers": len(asked)}
 # %%
 with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
     adapter = folder / "adapter"
-    model.save_adapter(trainer.model, adapter, config, tokenizer, original)
-    fresh = model.attach_adapter(model.load_weights("base", config, device, in_4bit), adapter)
+    adapters.save_adapter(trainer.model, adapter, config, tokenizer, original)
+    fresh = models.attach_adapter(models.load_weights("base", config, device, in_4bit), adapter)
     probe = trainer.train_dataset[0]["input_ids"][:256]
-    summary["reload_difference"] = model.logits_difference(trainer.model, fresh, probe, device)
+    summary["reload_difference"] = adapters.logits_difference(trainer.model, fresh, probe, device)
     assert summary["reload_difference"] < 1e-3, "the saved adapter is not the trained one"
     artifacts.write_jsonl(folder / "train_log.jsonl", trainer.state.log_history)
     figure.savefig(folder / "loss.png", dpi=150)
     artifacts.write_json(folder / "summary.json", summary)
-    card.write(adapter, config, summary, audit.read_summary(audited), repo)
+    model_card.write(adapter, config, summary, audit.read_summary(audited), repo)
 checkpoints.remove()  # the recipe's single save has taken their place
 print(f"saved and reloaded: logits differ by {summary['reload_difference']:.1e} of the largest")
 

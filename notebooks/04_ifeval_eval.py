@@ -27,7 +27,7 @@
 # fixed before any answer is read; the grid of models and formats; the differences with their
 # intervals; which instruction types moved; wins and losses to read; and what it would take to see
 # a smaller effect.
-# **In:** the adapter of notebook 03 (or `model.adapter`) and the prompts. **Out:**
+# **In:** the adapter of notebook 03 (or `models.adapter`) and the prompts. **Out:**
 # `04_ifeval_eval/responses/`, `scores/`, `ifeval.json`, and `metrics.json`.
 
 # %% tags=["parameters"]
@@ -63,13 +63,14 @@ import math
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, grid, guardrails, ifeval, model, notebooks, runtime, statistics
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, devices, models, notebooks, session
+from atlas_lib.config import load_config
+from atlas_lib.evaluate import grid, guardrails, ifeval, significance
 
-config = configuration.load(CONFIG, OVERLAY, SET)
-out = runtime.output_folder(OUT, CONFIG, OVERLAY)
-runtime.start(config, out)
-device = runtime.device(config)
+config = load_config(CONFIG, OVERLAY, SET)
+out = session.output_folder(OUT, CONFIG, OVERLAY)
+session.start(config, out)
+device = devices.choose_device(config)
 print(f"{device.name}, {device.dtype}: {device.reason}")
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
@@ -107,13 +108,13 @@ print(f"  at least {math.ceil(margin * len(prompts))} more wins than losses: 'cl
 print(f"  ({margin:.1%} of the {len(prompts)} prompts), fewer: 'better, but small'")
 print("  more losses than wins: 'worse'")
 for discordant in (20, 40, 60, 100):
-    wins = int(statistics.wins_needed(discordant, alpha))
+    wins = int(significance.wins_needed(discordant, alpha))
     print(f"of {discordant} prompts on which two models differ, {wins} wins are significant")
 
 # %% [markdown]
 # ## Whose answers?
 #
-# The adapter comes from notebook 03, which is run now if it has not been; `model.adapter` names
+# The adapter comes from notebook 03, which is run now if it has not been; `models.adapter` names
 # another one, by path or hub id, and then nothing is trained.
 
 
@@ -196,12 +197,12 @@ pd.DataFrame(published) if published else "nobody has published figures for this
 # prompts. `won` and `lost` are the prompts that only the second or only the first model passed.
 
 # %%
-compared = statistics.comparisons(verdicts, alpha, margin)
+compared = significance.comparisons(verdicts, alpha, margin)
 for row in compared:
     row["comparison"] = f"{' '.join(row['b'])} against {' '.join(row['a'])}"
 primary = next((row for row in compared if row["role"] == "primary"), compared[0])
 shown = pd.DataFrame(compared).set_index("comparison").drop(columns=["won", "lost"])
-shown["difference"] = [statistics.in_points(row) for row in compared]
+shown["difference"] = [significance.in_points(row) for row in compared]
 shown["p"] = [f"{p:.2g}" for p in shown["p_adjusted"]]
 shown = shown.rename(columns={"only_b": "won", "only_a": "lost"})
 shown[["role", "difference", "won", "lost", "both", "neither", "p", "verdict"]]
@@ -290,7 +291,7 @@ for heading, keys, failing, passing in (("WON", "won", a, b), ("LOST", "lost", b
 # the observed size four times out of five, the second number of prompts is needed.
 
 # %%
-seen = statistics.sensitivity(primary, len(prompts), alpha)
+seen = significance.sensitivity(primary, len(prompts), alpha)
 print(f"{primary['comparison']}: {primary['only_b']} wins, {primary['only_a']} losses")
 print(f"smallest net win that would have been significant: {seen['net_needed']}")
 print(f"prompts needed to find an effect of this size with {seen['power']:.0%} power:", end=" ")
@@ -314,9 +315,9 @@ pd.DataFrame(on_taught)[["model", "format", *columns]] if on_taught else "not kn
 
 # %%
 guarded = []
-for name in grid.models(config) if config.eval.guardrails else []:
+for name in grid.model_names(config) if config.eval.guardrails else []:
     answering = grid.load(name, config, device, adapter)
-    rows = guardrails.measure(answering, model.load_tokenizer(config), batch_size=8)
+    rows = guardrails.measure(answering, models.load_tokenizer(config), batch_size=8)
     guarded += [{"model": name, **row} for row in rows]
 for row in guarded:
     row["published"] = guardrails.PUBLISHED[row["task"]].get(row["model"])
@@ -328,8 +329,8 @@ pd.DataFrame(guarded) if guarded else "not run: eval.guardrails is off"
 # One object a model and format in `metrics.json`, each with what it takes to find the run again.
 
 # %%
-origin = {"config_digest": config.digest(), "commit": runtime.commit(), "data": config.eval.prompts}
-origin |= {"hardware": runtime.hardware(), "label": config.label}
+origin = {"config_digest": config.digest(), "commit": session.commit(), "data": config.eval.prompts}
+origin |= {"hardware": devices.hardware(), "label": config.label}
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
 results |= {"sensitivity": seen, "guardrails": guarded, "published": published, **origin}
 
@@ -348,7 +349,7 @@ headline.update(
     Markdown(
         f"**{primary['comparison']}: {primary['verdict']}.** Prompt-level strict accuracy "
         f"{scores[a]:.3f} to {scores[b]:.3f} on {len(prompts)} prompts, "
-        f"{statistics.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
+        f"{significance.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
         f"p = {primary['p_adjusted']:.2g}. {config.label}"
     )
 )

@@ -61,14 +61,15 @@ import json
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, figures, notebooks, runtime, sweep_report
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, figures, notebooks, session
+from atlas_lib.config import load_config
+from atlas_lib.sweep import analysis
 
-config = configuration.load(CONFIG, OVERLAY, SET)
-out = runtime.output_folder(OUT, CONFIG, OVERLAY)
+config = load_config(CONFIG, OVERLAY, SET)
+out = session.output_folder(OUT, CONFIG, OVERLAY)
 if not (out / "study.json").is_file():
     raise FileNotFoundError(f"{out} holds no study.json: run `make sweep SWEEP=...` first.")
-runtime.start(config, out)
+session.start(config, out)
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
@@ -82,10 +83,10 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 exported = json.loads((out / "study.json").read_bytes())
 sweep = exported["sweep"]
 metric, direction = sweep["objective"]["metric"], sweep["objective"]["direction"]
-points = sweep_report.points(exported)
+points = analysis.points(exported)
 assert points, "no trial is complete yet"
 best = points[0]
-print(f"trial {best['number']}: {sweep_report.label(best)}")
+print(f"trial {best['number']}: {analysis.label(best)}")
 for seed, run in best["runs"].items():
     print(f"  seed {seed}: {metric} {run[metric]:.4f}")
 
@@ -115,17 +116,17 @@ pd.DataFrame(failed)[["number", "point", "error"]] if failed else "no trial fail
 
 # %%
 judged = all("verdicts" in run for row in points for run in row["runs"].values())
-table = sweep_report.table(points, metric)
+table = analysis.table(points, metric)
 table.set_index("trial").round(4)
 
 # %%
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(figsize=(7, 1.2 + 0.32 * len(points)), layout="constrained")
-names = [sweep_report.label(row) for row in points]
+names = [analysis.label(row) for row in points]
 for place, row in enumerate(points):
     if judged and metric == "dev_strict":
-        axes.plot(sweep_report.strict_interval(row), [place] * 2, color="#c5c9d3", linewidth=6)
+        axes.plot(analysis.strict_interval(row), [place] * 2, color="#c5c9d3", linewidth=6)
     values = [run[metric] for run in row["runs"].values()]
     axes.plot(values, [place] * len(values), "o", color="#4c72b0", alpha=0.7)
     axes.plot(row["value"], place, "|", color="#c44e52", markersize=14, markeredgewidth=2)
@@ -148,11 +149,11 @@ figures.show(figure, alt, config.label)
 # point is called better only if, in addition, its worst seed is above the other's best.
 
 # %%
-compared = sweep_report.comparisons(points, config.eval.alpha) if judged else []
+compared = analysis.comparisons(points, config.eval.alpha) if judged else []
 assert all(row["verdict"] != "better" or row["p_adjusted"] < config.eval.alpha for row in compared)
 shown = pd.DataFrame(compared)
 if compared:
-    names_of = {row["number"]: sweep_report.label(row) for row in points}
+    names_of = {row["number"]: analysis.label(row) for row in points}
     shown["best against"] = [names_of[row["trial"]] for row in compared]
     shown["points"] = [f"{r['points']:+.1f}" for r in compared]
     shown["ci95"] = [f"{r['ci95'][0]:+.1f} to {r['ci95'][1]:+.1f}" for r in compared]
@@ -174,11 +175,11 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained
 colors = plt.get_cmap("viridis")([place / max(1, len(points) - 1) for place in range(len(points))])
 for row, color in zip(points, colors, strict=True):
     for position, run in enumerate(row["runs"].values()):
-        name = sweep_report.label(row) if not position else None
+        name = analysis.label(row) if not position else None
         left.plot(*zip(*run["curve"], strict=True), color=color, label=name, linewidth=1)
         right.plot(run["validation_loss"], run[metric], "o", color=color)
 left.set(xlabel="step", ylabel="training loss", title="Loss by point, best first")
-right.set(xlabel="validation loss", ylabel=metric, title=sweep_report.agreement(points, metric))
+right.set(xlabel="validation loss", ylabel=metric, title=analysis.agreement(points, metric))
 figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
 alt = f"Training loss by step for {len(points)} points, and {metric} against validation loss."
 figures.show(figure, alt, config.label)
@@ -190,9 +191,9 @@ figures.show(figure, alt, config.label)
 # trial, from its values on the left to what came out on the right.
 
 # %%
-figure = sweep_report.picture(exported, points)
-figure.axes[0].set_title(f"{metric} is {direction}d at {sweep_report.label(best)}", fontsize=10)
-alt = f"{metric} over {', '.join(sweep['space'])}; the best is {sweep_report.label(best)}."
+figure = analysis.picture(exported, points)
+figure.axes[0].set_title(f"{metric} is {direction}d at {analysis.label(best)}", fontsize=10)
+alt = f"{metric} over {', '.join(sweep['space'])}; the best is {analysis.label(best)}."
 figures.show(figure, alt, config.label)
 
 # %% [markdown]
@@ -204,9 +205,9 @@ figures.show(figure, alt, config.label)
 # only: a parameter that was hardly varied cannot be important.
 
 # %%
-edges = sweep_report.at_an_edge(exported, best)
+edges = analysis.at_an_edge(exported, best)
 print(f"at the edge of the space: {', '.join(edges) or 'nothing'}")
-shares = sweep_report.importance(exported)
+shares = analysis.importance(exported)
 pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few trials to say"
 
 # %% [markdown]
@@ -216,7 +217,7 @@ pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few
 # `--config <name>`, in every notebook and tool.
 
 # %%
-winning = sweep_report.winner_yaml(exported, best)
+winning = analysis.winner_yaml(exported, best)
 artifacts.write_lines(out / "winner.yaml", [winning.rstrip()])
 print(winning)
 
@@ -228,7 +229,7 @@ print(winning)
 # and answering is overhead.
 
 # %%
-hours, parts = sweep_report.device_hours(exported), sweep_report.overhead(exported)
+hours, parts = analysis.device_hours(exported), analysis.overhead(exported)
 print(f"{hours:.2f} device hours, {exported['shared_seconds'] / 3600:.2f} of them shared stages")
 pd.Series(parts, name="seconds a run").to_frame().round(1) if parts else "no pages to time"
 
@@ -257,7 +258,7 @@ claim = (
 )
 headline.update(
     Markdown(
-        f"**{sweep_report.label(best)} is first with {metric} {best['value']:.3f}, {claim}.** "
+        f"**{analysis.label(best)} is first with {metric} {best['value']:.3f}, {claim}.** "
         f"{len(points)} points x {len(sweep['seeds'])} seeds, {hours:.2f} device hours, "
         f"{len(looks)} look(s) at the test prompts. {config.label}"
     )

@@ -4,20 +4,11 @@ import copy
 import os
 
 import pytest
+from tiny import TINY
 
-from atlas_lib import config as configuration
-from atlas_lib import corpus, offline
+from atlas_lib.config import load_config
+from atlas_lib.standin import corpus, tiny_model
 from tools import qwen_tokenizer as qwen
-
-# Small enough to run the whole pipeline in a minute; it learns nothing, and is not meant to.
-TINY = {
-    "offline.pretrain_steps": 20,
-    "data.n_samples": 64,
-    "data.n_validation": 16,
-    "train.num_train_epochs": 1,
-    "eval.limit": 12,
-    "eval.max_new_tokens": 24,
-}
 
 
 def pytest_runtest_setup(item):
@@ -27,12 +18,12 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def offline_config():
-    return configuration.load("sft_qwen05b", "offline")
+    return load_config("sft_qwen05b", "offline")
 
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    return configuration.load("sft_qwen05b", "offline", TINY)
+    return load_config("sft_qwen05b", "offline", TINY)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +31,7 @@ def trained_tokenizer(offline_config):
     """A BPE with ChatML's tokens and Qwen2.5's template, trained on the stand-in's corpus."""
     options = offline_config.offline
     texts = corpus.plain_text(options.corpus_seed, 300, options.taught)
-    return offline.train_tokenizer(texts, options.vocab_size)
+    return tiny_model.train_tokenizer(texts, options.vocab_size)
 
 
 @pytest.fixture

@@ -23,12 +23,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from atlas_lib import config as configuration
-from tools import kaggle_errors as errors
-from tools import kaggle_service as service
-from tools import kernel_build
-from tools import kernel_runs as runs
-from tools.kernel_build import Stage
+from atlas_lib.config import parse_assignments
+from tools.kaggle import bundle, errors, runs, service
+from tools.kaggle.bundle import Stage
 
 T4 = "NvidiaTeslaT4"  # with it come two; a session uses one, 04 both
 STAGES = {
@@ -94,17 +91,17 @@ def parse() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> int:
     """write build/kaggle/<stage>/: notebook, metadata, and what they were made of"""
     started = time.monotonic()
-    _, dirty = kernel_build.head()
+    _, dirty = bundle.head()
     if dirty and not args.allow_dirty:
         raise ValueError(
             "There are uncommitted changes; commit them, or say --allow-dirty "
             "(make: ARGS=--allow-dirty)."
         )
-    overrides = configuration.parse_assignments(args.set)
+    overrides = parse_assignments(args.set)
     choice = {"config": args.config, "overlay": args.overlay, "set": overrides}
     for stage in args.stages:
-        folder = kernel_build.build(STAGES, stage, choice, args.folder)
-        size = (folder / kernel_build.NOTEBOOK).stat().st_size
+        folder = bundle.build(STAGES, stage, choice, args.folder)
+        size = (folder / bundle.NOTEBOOK).stat().st_size
         where = STAGES[stage].accelerator or "no GPU"
         print(f"{folder}: {size / 1000:.0f} kB, {where} ({STAGES[stage].reason})")
     print(f"built in {time.monotonic() - started:.1f} s")
@@ -155,7 +152,7 @@ def status(args: argparse.Namespace) -> int:
     """the state of each stage's kernel, of the pushed version where one is known"""
     session, failed = connected(args), False
     for stage in args.stages:
-        ref = kernel_build.metadata_of(STAGES, stage)["id"]
+        ref = bundle.metadata_of(STAGES, stage)["id"]
         record = runs.pushed(args.folder / stage)
         ref, version = record.get("ref", ref), record.get("version")
         try:
@@ -176,9 +173,9 @@ def delete(args: argparse.Namespace) -> int:
     session = connected(args)
     for stage in args.stages:
         ref = runs.pushed(args.folder / stage).get("ref")
-        ref = ref or kernel_build.metadata_of(STAGES, stage)["id"]
+        ref = ref or bundle.metadata_of(STAGES, stage)["id"]
         service.delete(session, ref)
-        (args.folder / stage / kernel_build.PUSHED).unlink(missing_ok=True)
+        (args.folder / stage / bundle.PUSHED).unlink(missing_ok=True)
         errors.say(f"{stage}: deleted {ref}")
     return 0
 

@@ -18,11 +18,11 @@ from typing import Any
 import nbformat
 import yaml
 
-from atlas_lib import artifacts, audit, notebooks, runtime
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, audit, bootstrap, notebooks
+from atlas_lib.config import STAGES, load_config
 from tools import leaks
 
-RESULTS = runtime.ROOT / "results"
+RESULTS = bootstrap.ROOT / "results"
 LARGEST = 1_000_000  # bytes of a file
 HEAD_ROWS = 50
 STAMP = re.compile(r"config digest (\w+) · commit (\S+) · (\w+) · results in (.+)")
@@ -53,8 +53,8 @@ def collect(
     shown have to be those of HEAD; for metrics alone, those of the commit that measured them.
     """
     pages = {path.stem: path for path in sorted((run / "notebooks").glob("*.ipynb"))}
-    missing = set(configuration.STAGES) - pages.keys()
-    if not pages or (missing and missing != set(configuration.STAGES)):
+    missing = set(STAGES) - pages.keys()
+    if not pages or (missing and missing != set(STAGES)):
         raise ValueError(f"{run} lacks notebooks/{min(missing)}.ipynb; run it first.")
     if metrics_only and missing:
         raise ValueError(f"{run} has no metrics; leave --metrics-only out.")
@@ -133,7 +133,7 @@ def stamp_of(page: nbformat.NotebookNode, path: Path) -> tuple[str, str, str, st
 def config_of(page: nbformat.NotebookNode) -> Any:
     """The resolved configuration; its digest is the printed one. Raises ValueError."""
     given = parameters_of(page)
-    config = configuration.load(given["CONFIG"], given["OVERLAY"], given["SET"])
+    config = load_config(given["CONFIG"], given["OVERLAY"], given["SET"])
     there, commit, *_ = stamp_of(page, Path("the page"))
     if config.digest() != there:
         raise ValueError(
@@ -169,7 +169,7 @@ def metrics_of(run: Path, config: Any, page: nbformat.NotebookNode) -> list[dict
 
 def figures_of(run: Path, config: Any, pages: dict, rows: list[dict]) -> dict[str, str]:
     """The run beside its metrics: configuration, machines, training, comparisons, audit."""
-    manifests = {stage: artifacts.check(run / stage, config) for stage in configuration.STAGES}
+    manifests = {stage: artifacts.check(run / stage, config) for stage in STAGES}
     made_on = ("commit", "config_digest", "platform", "hardware", "versions")
     measured = json.loads((run / "04_ifeval_eval" / "ifeval.json").read_bytes())
     given = parameters_of(pages["04_ifeval_eval"])
@@ -241,7 +241,7 @@ def known(commit: str) -> bool:
 
 def git(*args: str) -> str:
     """What git prints in this checkout. Raises ValueError with its complaint."""
-    done = subprocess.run(["git", "-C", str(runtime.ROOT), *args], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(bootstrap.ROOT), *args], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"git {args[0]} says {done.stderr.strip().splitlines()[-1]!r}.")
     return done.stdout

@@ -11,18 +11,18 @@ import sys
 import time
 from pathlib import Path
 
-from atlas_lib import artifacts, notebooks, runtime
-from atlas_lib import config as configuration
+from atlas_lib import artifacts, devices, notebooks, session
+from atlas_lib.config import STAGES, load_config, parse_assignments
 
 
 def main() -> None:
     args = parse()
     try:
-        overrides = configuration.parse_assignments(args.set)
-        config = configuration.load(args.config, args.overlay, overrides)
-        out = runtime.output_folder(args.out, args.config, args.overlay)
+        overrides = parse_assignments(args.set)
+        config = load_config(args.config, args.overlay, overrides)
+        out = session.output_folder(args.out, args.config, args.overlay)
         if config.run.require_gpu and set(args.stages) & {"03_sft_train", "04_ifeval_eval"}:
-            runtime.gpu_is_there(config)  # now, not after the download
+            devices.gpu_available(config)  # now, not after the download
         parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
         timings = {
             stage: run_stage(stage, config, out, parameters, args.force) for stage in args.stages
@@ -34,17 +34,17 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(configuration.STAGES))
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--config", default="sft_qwen05b")
     parser.add_argument("--overlay", default="")
     parser.add_argument("--out", default="")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="run again what is finished")
     args = parser.parse_args()
-    unknown = set(args.stages) - set(configuration.STAGES)
+    unknown = set(args.stages) - set(STAGES)
     if unknown:
-        parser.error(f"unknown stage {min(unknown)}; there are: {', '.join(configuration.STAGES)}")
-    args.stages = sorted(set(args.stages)) or list(configuration.STAGES)
+        parser.error(f"unknown stage {min(unknown)}; there are: {', '.join(STAGES)}")
+    args.stages = sorted(set(args.stages)) or list(STAGES)
     return args
 
 
@@ -66,7 +66,7 @@ def why_not_reused(stage: str, config, out: Path) -> str | None:
     folder = out / stage
     if not (folder / artifacts.MANIFEST).is_file() or not notebooks.ran_through(stage, out):
         return "not run yet, or not to its end"
-    earlier = {name: out / name for name in configuration.STAGES if name < stage}
+    earlier = {name: out / name for name in STAGES if name < stage}
     try:
         made_from = artifacts.check(folder, config)["inputs"]
         artifacts.check_inputs(folder, {n: p for n, p in earlier.items() if n in made_from})

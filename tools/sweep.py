@@ -18,13 +18,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from atlas_lib import artifacts, notebooks, runtime, sweep_report
-from atlas_lib import config as configuration
-from atlas_lib import sweep as sweeps
+from atlas_lib import artifacts, bootstrap, notebooks
+from atlas_lib.config import load_config
+from atlas_lib.sweep import analysis, definition
 from tools import sweep_storage, sweep_study, sweep_trial, sweep_worker
 
 STARTS = 5  # of a worker: it is replaced when it is killed, but not for ever
-HOME = runtime.ROOT / "runs" / "sweeps"
+HOME = bootstrap.ROOT / "runs" / "sweeps"
 STORAGE = "ATLAS_SWEEP_STORAGE"  # a URL may hold a password, which no process list should show
 
 
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
         sub = commands.add_parser(command.__name__, help=says, allow_abbrev=False)
         sub.set_defaults(command=command)
         if command is run:
-            sub.add_argument("sweep", metavar="SWEEP", help=", ".join(sweeps.available()))
+            sub.add_argument("sweep", metavar="SWEEP", help=", ".join(definition.available()))
             sub.add_argument("--workers", type=int, help="on this machine; default: one a GPU")
             sub.add_argument("--retry-failed", action="store_true", help="try failed points again")
         sub.add_argument("--study", required=command is not run, help="its name")
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def opened(args: argparse.Namespace) -> tuple[Any, sweeps.Sweep, Any, Path]:
+def opened(args: argparse.Namespace) -> tuple[Any, definition.Sweep, Any, Path]:
     """(study, sweep, locks, folder) of a study that is there."""
     home = home_of(args)
     if not args.storage and not (home / "journal.log").is_file():
@@ -85,16 +85,16 @@ def home_of(args: argparse.Namespace) -> Path:
     return (args.home or HOME / args.study).resolve()
 
 
-def fingerprint(sweep: sweeps.Sweep) -> str:
+def fingerprint(sweep: definition.Sweep) -> str:
     """What the sweep's configuration resolves to: the same on every machine that joins."""
-    return configuration.load(sweep.config, sweep.overlay, sweep.set).digest()
+    return load_config(sweep.config, sweep.overlay, sweep.set).digest()
 
 
 # --- run ------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
-    sweep = sweeps.load(args.sweep)
+    sweep = definition.load(args.sweep)
     args.study = args.study or sweep.name
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; give 1 or more.")
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     held = sweep_storage.locks(storage, study, home_of(args))
     if args.retry_failed:
         print(f"{sweep_study.retry_failed(study, held)} failed points are queued again")
-    n, seeds = sweeps.n_trials(sweep), len(sweep.seeds)
+    n, seeds = definition.n_trials(sweep), len(sweep.seeds)
     print(f"{args.study}: {n} trials x {seeds} seeds, {workers} workers", flush=True)
     failed = supervise(args, workers)
     trials = study.get_trials(deepcopy=False)
@@ -130,7 +130,7 @@ def supervise(args: argparse.Namespace, workers: int) -> int:
             while len(processes) < workers:
                 if (starts := starts + 1) > STARTS * workers:
                     raise RuntimeError("Workers are killed again and again; the sweep is not over.")
-                processes.append(subprocess.Popen(command, cwd=runtime.ROOT, env=environment))
+                processes.append(subprocess.Popen(command, cwd=bootstrap.ROOT, env=environment))
             time.sleep(0.2)
             processes = [p for p in processes if (p.poll() or 0) >= 0]  # the killed ones leave
     finally:
@@ -141,7 +141,7 @@ def supervise(args: argparse.Namespace, workers: int) -> int:
     return sum(process.returncode != 0 for process in processes)
 
 
-def look_once(study: Any, sweep: sweeps.Sweep, held: Any, home: Path) -> None:
+def look_once(study: Any, sweep: definition.Sweep, held: Any, home: Path) -> None:
     """The winner answers the test prompts; the look is on record before it happens."""
     winner = sweep_study.winner(study, sweep)
     looked = {"trial": winner.number, "seed": sweep.seeds[0]}
@@ -159,7 +159,7 @@ def look_once(study: Any, sweep: sweeps.Sweep, held: Any, home: Path) -> None:
 def status(args: argparse.Namespace) -> None:
     study, sweep, _, home = opened(args)
     exported = export(study, sweep, home)
-    print(sweep_report.as_text(exported))
+    print(analysis.as_text(exported))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -171,7 +171,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"report: {page}; the winning configuration: {home / 'winner.yaml'}")
 
 
-def export(study: Any, sweep: sweeps.Sweep, home: Path) -> dict:
+def export(study: Any, sweep: definition.Sweep, home: Path) -> dict:
     """The study as one file, whatever the storage: what the report is made from."""
     trials = study.get_trials(deepcopy=False)
     again = sweep_study.retried(trials)
@@ -181,8 +181,8 @@ def export(study: Any, sweep: sweeps.Sweep, home: Path) -> dict:
             "state": t.state.name,
             "value": t.value,
             "params": t.params,
-            "point": sweeps.point(sweep, t.params),
-            "varied": sweeps.varied(sweep, t.params),
+            "point": definition.point(sweep, t.params),
+            "varied": definition.varied(sweep, t.params),
             "runs": sweep_study.runs(t),
             "error": t.user_attrs.get("error"),
             "failed_seconds": t.user_attrs.get(sweep_study.FAILED_SECONDS, 0.0),

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from atlas_lib import sweep as sweeps
-from atlas_lib.sweep import Sweep
+from atlas_lib.sweep import definition
+from atlas_lib.sweep.definition import Sweep
 from tools.sweep_storage import ASK
 
 MOST_DEATHS = 5  # of a trial's workers: what kills every worker would otherwise never end
@@ -76,14 +76,14 @@ def use_sampler(study: optuna.Study, sweep: Sweep, asked: int) -> None:
             seed=asked, multivariate=True, constant_liar=True
         )
     else:
-        space = {key: [sweeps.encode(v) for v in values] for key, values in sweep.space.items()}
+        space = {key: [definition.encode(v) for v in values] for key, values in sweep.space.items()}
         study.sampler = optuna.samplers.GridSampler(space, seed=0)
 
 
 def suggest(trial: Trial, sweep: Sweep) -> dict[str, Any]:
     """The trial's parameters as stored; those that it already has stay."""
     return {
-        key: trial.suggest_categorical(key, [sweeps.encode(v) for v in values])
+        key: trial.suggest_categorical(key, [definition.encode(v) for v in values])
         if isinstance(values, list)
         else trial.suggest_float(key, *values["log_uniform"], log=True)
         for key, values in sweep.space.items()
@@ -126,7 +126,7 @@ def why_nothing_to_ask(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
     if sweep.budget.hours and sum(map(spent_hours, trials)) >= sweep.budget.hours:
         return f"the budget of {sweep.budget.hours:g} device hours is spent"
     counted = len(trials) - len(retried(trials))
-    return "every trial is taken" if counted >= sweeps.n_trials(sweep) else None
+    return "every trial is taken" if counted >= definition.n_trials(sweep) else None
 
 
 def runs(trial: FrozenTrial) -> dict[str, dict]:

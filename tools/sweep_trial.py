@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from atlas_lib import artifacts, runtime
-from atlas_lib import config as configuration
-from atlas_lib import sweep as sweeps
-from atlas_lib.sweep import Sweep
+from atlas_lib import artifacts, bootstrap
+from atlas_lib.config import STAGES, load_config
+from atlas_lib.sweep import definition
+from atlas_lib.sweep.definition import Sweep
 from tools import sweep_storage, sweep_study
 
 ATTEMPTS = 3  # at a run whose process is killed: each goes on where the last one was
@@ -46,7 +46,7 @@ def measure(
     Raises RuntimeError with the run's own error.
     """
     out = folder(home, number, seed)
-    overrides = sweeps.overrides(sweep, params, seed)
+    overrides = definition.overrides(sweep, params, seed)
     environment = environment | {"WANDB_NAME": f"{home.name} {number} seed {seed}"}
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
@@ -64,7 +64,7 @@ def stages_until(sweep: Sweep) -> list[str]:
 
 def earlier(sweep: Sweep) -> list[str]:
     """What all trials share: the stages before the first that a trial runs."""
-    return [stage for stage in configuration.STAGES if stage < min(sweep.stages)]
+    return [stage for stage in STAGES if stage < min(sweep.stages)]
 
 
 def execute(
@@ -100,7 +100,7 @@ def _run(command: list[str], out: Path, environment: dict, locks: list) -> tuple
         start = file.tell()
         process = subprocess.Popen(
             command,
-            cwd=runtime.ROOT,
+            cwd=bootstrap.ROOT,
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -150,7 +150,7 @@ def build_shared(
     """
     if not earlier(sweep):
         return None
-    config = configuration.load(sweep.config, sweep.overlay, overrides)
+    config = load_config(sweep.config, sweep.overlay, overrides)
     out = home / "shared" / _identity(sweep, config)
     with sweep_storage.file_lock(out.with_suffix(".lock")) as lock:
         if not (out / "ready").is_file():
@@ -174,7 +174,15 @@ def _identity(sweep: Sweep, config: Any) -> str:
 
 def _ask_base(sweep: Sweep, overrides: dict, out: Path, environment: dict, locks: list) -> None:
     parameters = {"CONFIG": sweep.config, "OVERLAY": sweep.overlay, "SET": overrides}
-    command = [sys.executable, "-m", "atlas_lib.grid", json.dumps(parameters), "", str(out), "base"]
+    command = [
+        sys.executable,
+        "-m",
+        "atlas_lib.evaluate.grid",
+        json.dumps(parameters),
+        "",
+        str(out),
+        "base",
+    ]
     _run_through(command, out, environment, locks)
 
 
@@ -184,7 +192,7 @@ def borrow(shared: Path | None, out: Path) -> None:
     Files of a stage are links: whoever writes them anew renames, and the original stays.
     """
     for source in sorted(shared.iterdir()) if shared else []:
-        target, linked = out / source.name, source.name in configuration.STAGES
+        target, linked = out / source.name, source.name in STAGES
         if not source.is_dir() or (target.exists() and linked):
             continue
         part = out / f"{source.name}.part"
@@ -283,6 +291,6 @@ def look(
             (out / "notebooks").mkdir(exist_ok=True)
             page = f"{stage}.ipynb"
             shutil.copy2(trained / "notebooks" / page, out / "notebooks" / page)
-    overrides = sweeps.winning_overrides(sweep, params, seed)
-    execute(sweep, list(configuration.STAGES), overrides, out, environment, [])
+    overrides = definition.winning_overrides(sweep, params, seed)
+    execute(sweep, list(STAGES), overrides, out, environment, [])
     return {"metrics": json.loads((out / "metrics.json").read_bytes())}

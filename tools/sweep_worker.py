@@ -10,8 +10,8 @@ from typing import Any
 import platformdirs
 from optuna.exceptions import UpdateFinishedTrialError
 
-from atlas_lib import sweep as sweeps
-from atlas_lib.sweep import Sweep
+from atlas_lib.sweep import definition
+from atlas_lib.sweep.definition import Sweep
 from tools import sweep_storage, sweep_study, sweep_trial
 
 WORKERS = "ATLAS_SWEEP_WORKERS"  # how many share this machine
@@ -43,7 +43,7 @@ def work(study: Any, sweep: Sweep, held: Any, home: Path) -> None:
 
 def one_trial(study, sweep, trial, home, environment, locks, asked: float) -> None:
     """Run a trial's seeds and record them; its error, if it has one, stops nothing else."""
-    point = ", ".join(f"{k}={v}" for k, v in sweeps.point(sweep, trial.params).items())
+    point = ", ".join(f"{k}={v}" for k, v in definition.point(sweep, trial.params).items())
     print(f"trial {trial.number}: {point}", flush=True)
     try:
         runs = run_seeds(sweep, trial, home, environment, locks, asked)
@@ -83,7 +83,7 @@ def progress(study: Any, sweep: Sweep) -> str:
     """How many trials ended, and how long the rest may take at the pace so far."""
     trials = study.get_trials(deepcopy=False)
     ended = [t for t in trials if t.state.is_finished()]
-    total = sweeps.n_trials(sweep) + len(sweep_study.retried(trials))
+    total = definition.n_trials(sweep) + len(sweep_study.retried(trials))
     elapsed = max(t.datetime_complete for t in ended) - min(t.datetime_start for t in ended)
     left = elapsed.total_seconds() / len(ended) * (total - len(ended))
     return f"{len(ended)} of {total} ended, about {left / 60:.0f} min left"

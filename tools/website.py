@@ -13,9 +13,9 @@ from typing import Any
 import jinja2
 import nbformat
 
-from atlas_lib import runtime
+from atlas_lib import bootstrap
 
-ROOT, SOURCE, TARGET = runtime.ROOT, Path("build/site-source"), Path("build/site")
+ROOT, SOURCE, TARGET = bootstrap.ROOT, Path("build/site-source"), Path("build/site")
 FOLDED = {"parameters", "injected-parameters", "bootstrap"}  # no part of the story
 
 

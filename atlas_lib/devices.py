@@ -1,0 +1,80 @@
+"""Device, precision and the reason for both; the GPUs that this process may use."""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+def free_bytes(device: Any) -> int:
+    """Bytes that the device can still give."""
+    if device.name == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+HEADROOM = 0.75  # of what is free: the rest is for the loss's tiles, gradients and fragmentation
+
+
+def hardware() -> str:
+    """The GPU's name if torch is loaded and sees one, else the processor's kind and cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device to compute on and the floating-point type it is good at."""
+
+    name: str  # "cuda" or "cpu"
+    dtype: str  # "float16", "bfloat16" or "float32"
+    reason: str
+
+
+def gpu_available(config: Any) -> bool:
+    """Whether CUDA can be used. Raises RuntimeError where `config` insists on it in vain."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two: one process, one GPU
+    import torch
+
+    found = torch.cuda.is_available()
+    if config.run.require_gpu and not found:
+        raise RuntimeError(
+            "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it on "
+            "a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
+            "OVERLAY=offline (`make run`), or set run.require_gpu=false and wait."
+        )
+    return found
+
+
+def gpu_count() -> int:
+    """GPUs of this machine that the user has not hidden; this process itself uses one of them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if chosen != "0":  # by the user; nothing and -1 hide them all
+        return int(chosen not in ("", "-1"))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return len(listed.stdout.splitlines())
+
+
+def choose_device(config: Any) -> Device:
+    """Choose device and precision and say why. RuntimeError if a GPU is missing or too old."""
+    if not gpu_available(config):
+        return Device("cpu", "float32", "no GPU, and float32 is fast and exact on a CPU")
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (7, 5):
+        raise RuntimeError(f"The GPU is sm_{major}{minor}; Atlas needs sm_75 (a T4) or newer.")
+    if major >= 8:
+        return Device("cuda", "bfloat16", f"sm_{major}{minor} computes bfloat16 in hardware")
+    return Device("cuda", "float16", f"sm_{major}{minor} would only emulate bfloat16")

@@ -1,0 +1,1 @@
+"""What notebook 05 and tools.sweep need."""

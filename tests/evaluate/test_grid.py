@@ -1,0 +1,160 @@
+"""The grid: who is asked, what answers belong to, and the same answers from several processes."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import TINY
+
+from atlas_lib import devices, models, template
+from atlas_lib.config import load_config
+from atlas_lib.evaluate import grid
+from atlas_lib.train import adapters
+
+CPU = devices.Device("cpu", "float32", "test")
+SHORT = TINY | {"eval.limit": 6, "eval.max_new_tokens": 12}
+PARAMETERS = {"CONFIG": "sft_qwen05b", "OVERLAY": "offline", "SET": SHORT}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(*PARAMETERS.values())
+
+
+@pytest.fixture(scope="module")
+def adapter(config, tmp_path_factory):
+    """The folder of an untrained, but not empty, adapter."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    base = models.load_weights("base", config, CPU, in_4bit=False)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
+    for parameter in (p for p in adapted.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokenizer = models.load_tokenizer(config)
+    original = tokenizer.chat_template
+    template.patch_chat_template_for_assistant_mask(tokenizer)
+    adapters.save_adapter(adapted, folder, config, tokenizer, original)
+    return folder
+
+
+def ask_all(adapter, out, gpus=1):
+    prompts = grid.load_prompts(load_config(*PARAMETERS.values()))
+    return grid.ask_all(PARAMETERS, CPU, adapter, prompts, out, gpus)
+
+
+@pytest.fixture(scope="module")
+def answered(adapter, tmp_path_factory):
+    """(the grid, OUT) from this process."""
+    out = tmp_path_factory.mktemp("one")
+    return ask_all(adapter, out), out
+
+
+def test_every_model_answers_every_prompt_in_every_format(answered):
+    found, _ = answered
+    assert list(found) == [(n, f) for n in ("base", "SFT") for f in ("raw", "chat")]
+    assert {len(answers) for answers in found.values()} == {6}
+    assert found["base", "chat"] != found["SFT", "chat"]
+
+
+def test_two_processes_give_the_same_answers(answered, adapter, tmp_path, capsys):
+    assert ask_all(adapter, tmp_path, gpus=2) == answered[0]
+    shown = capsys.readouterr().out
+    assert "GPU 0 | base-raw" in shown
+    assert "GPU 1 | SFT-raw" in shown
+
+
+def test_a_process_that_fails_is_named(tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="The process on GPU 1 failed"):
+        ask_all(tmp_path / "no adapter here", tmp_path, gpus=2)
+
+
+def test_what_is_on_disk_needs_no_model(answered, adapter, monkeypatch):
+    found, out = answered
+    monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert ask_all(adapter, out) == found
+
+
+def test_models_of_the_grid():
+    def names(*layers):
+        return grid.model_names(load_config("sft_qwen05b", *layers))
+
+    assert names() == ["base", "SFT", "Instruct"]
+    assert names("offline") == ["base", "SFT"]
+    assert names("", {"eval.nf4_row": True}) == ["base", "SFT", grid.SFT_NF4, "Instruct"]
+
+
+def test_the_nf4_row_is_in_4_bits_and_not_merged(config, adapter):
+    merged = grid.load("SFT", config, CPU, adapter)
+    kept = grid.load(grid.SFT_NF4, config, CPU, adapter)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert any("lora" in name for name, _ in kept.named_parameters())
+    assert any(type(module).__name__ == "Linear4bit" for module in kept.modules())
+
+
+CHANGES = {
+    "eval.max_new_tokens": 13,
+    "eval.load_in_4bit": True,
+    "eval.engine": "vllm",
+    "model.base_revision": "other",
+    "seed": 7,  # another stand-in
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_other_settings_are_other_answers(key, config, adapter, tokenizer):
+    other = load_config("sft_qwen05b", "offline", SHORT | {key: CHANGES[key]})
+    keys = [grid.made_from("SFT", "chat", c, CPU, adapter, tokenizer) for c in (config, other)]
+    assert keys[0] != keys[1]
+    json.dumps(keys)
+
+
+def test_another_adapter_template_precision_or_format_are_other_answers(
+    config, adapter, tokenizer, tmp_path
+):
+    one = grid.made_from("SFT", "chat", config, CPU, adapter, tokenizer)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"trained anew")
+    half = devices.Device("cuda", "float16", "test")
+    others = [
+        grid.made_from("SFT", "chat", config, CPU, tmp_path, tokenizer),
+        grid.made_from("SFT", "raw", config, CPU, adapter, tokenizer),
+        grid.made_from("SFT", "chat", config, half, adapter, tokenizer),
+        grid.made_from("base", "chat", config, CPU, adapter, tokenizer),
+    ]
+    tokenizer.chat_template += " "
+    others.append(grid.made_from("SFT", "chat", config, CPU, adapter, tokenizer))
+    assert all(other != one for other in others)
+
+
+# --- what others published ------------------------------------------------------------------------
+
+
+def test_published_figures_stand_beside_the_full_run_only():
+    rows = grid.published(load_config("sft_qwen05b"))
+    values = {(r["model"], r["format"]): r["value"] for r in rows if r["should_agree"]}
+    assert values == {("base", "raw"): 0.1238, ("Instruct", "raw"): 0.1885}
+    assert all(row["source"] for row in rows)
+    assert grid.published(load_config("sft_qwen05b", "offline")) == []
+    assert grid.published(load_config("sft_qwen05b", "", {"eval.limit": 40})) == []
+
+
+# --- GPUs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("visible", "listed", "count"),
+    [("0", 2, 2), (None, 2, 2), ("0", 1, 1), ("1", 2, 1), ("0", None, 0)],
+)
+def test_the_users_choice_of_gpus_stands(visible, listed, count, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if listed is not None:
+        stub = tmp_path / "nvidia-smi"
+        lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(listed))
+        stub.write_text(f"#!{os.path.realpath('/bin/sh')}\n{lines}", "utf-8")
+        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    assert devices.gpu_count() == count

@@ -1,0 +1,79 @@
+"""The guardrails' way through lm-eval, on a task small enough to be worked out another way."""
+
+import json
+
+import pytest
+import torch
+
+from atlas_lib import devices, models
+from atlas_lib.evaluate import guardrails
+
+CPU = devices.Device("cpu", "float32", "test")
+QUESTIONS = [
+    {"question": f"What comes after {n}?", "choices": [str(n + 1), str(n), "x"], "answer": n % 3}
+    for n in range(12)
+]
+TASK = """
+task: after
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+    train: {rows}
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with one multiple-choice task."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS), "utf-8")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "after.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"), "utf-8")
+    return str(folder)
+
+
+def by_hand(base, tokenizer, questions) -> float:
+    """Share of questions whose right choice is the likeliest continuation."""
+    right = 0
+    for asked in questions:
+        scores = []
+        for choice in asked["choices"]:
+            prompt = tokenizer(asked["question"])["input_ids"]
+            ids = torch.tensor([prompt + tokenizer(f" {choice}")["input_ids"]])
+            with torch.no_grad():
+                chances = base(ids).logits[0].log_softmax(-1)
+            scores.append(sum(chances[i - 1, ids[0, i]] for i in range(len(prompt), ids.shape[1])))
+        right += int(torch.stack(scores).argmax()) == asked["answer"]
+    return right / len(questions)
+
+
+def test_a_task_is_measured_as_by_hand(tasks, tiny_config):
+    base = models.load_weights("base", tiny_config, CPU, in_4bit=False)
+    tokenizer = models.load_tokenizer(tiny_config)
+    settings = {"after": {"num_fewshot": 0, "limit": 10, "metric": "acc,none"}}
+    [row] = guardrails.measure(base, tokenizer, 4, settings, tasks)
+    assert (row["task"], row["n"], row["num_fewshot"]) == ("after", 10, 0)
+    assert row["value"] == pytest.approx(by_hand(base, tokenizer, QUESTIONS[:10]))
+    assert row["stderr"] >= 0
+
+
+def test_the_recipes_settings_are_the_published_ones():
+    assert guardrails.TASKS.keys() == guardrails.PUBLISHED.keys()
+    assert [t["num_fewshot"] for t in guardrails.TASKS.values()] == [5, 8, 0]
+    assert guardrails.TASKS["mmlu"]["limit"] == 1000
+
+
+def test_lm_eval_knows_the_tasks():
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    assert set(guardrails.TASKS) <= set(known)

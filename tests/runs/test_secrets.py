@@ -1,0 +1,73 @@
+"""A canary for each secret through the whole page with the real clients turns up nowhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stub_hub
+from tiny import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+WANDB_KEY = "canary7d3e5b" * 4
+SECRETS = (stub_hub.TOKEN, WANDB_KEY)
+GIVEN = TINY | {"output.hub_repo": "{user}/atlas-test", "train.report_to": "wandb"}
+
+
+def train(hub, out: Path, home: Path, **more) -> subprocess.CompletedProcess:
+    """Notebook 03 with both secrets in its environment."""
+    given = [a for k, v in (GIVEN | more).items() for a in ("--set", f"{k}={json.dumps(v)}")]
+    secrets = {"HF_TOKEN": SECRETS[0], "WANDB_API_KEY": SECRETS[1], "WANDB_MODE": "offline"}
+    places = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+        "NO_PROXY": "*",
+        "no_proxy": "*",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "tools.run", "--overlay", "offline", "--out", str(out), *given,
+         "01_data_prep", "02_template_audit", "03_sft_train"],
+        cwd=ROOT, env=os.environ | secrets | places, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def leaks(folder: Path) -> list[str]:
+    """Files below `folder` that hold a secret."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    contents = {path: path.read_bytes() for path in files}
+    return [str(p) for p, c in contents.items() if any(s.encode() in c for s in SECRETS)]
+
+
+def test_a_leak_would_be_found(tmp_path):
+    (tmp_path / "log").write_bytes(b"\x00key=" + WANDB_KEY.encode())
+    assert leaks(tmp_path) == [str(tmp_path / "log")]
+
+
+@pytest.mark.slow
+def test_no_secret_reaches_a_file_or_a_line(tmp_path):
+    out, home = tmp_path / "out", tmp_path / "home"
+    with stub_hub.serve() as hub:
+        early = train(hub, out, home, **{"run.session_hours": 0.001})
+        assert early.returncode == 1
+        assert "the session's end is near" in early.stderr
+        assert list(
+            out.glob("checkpoints/*/checkpoint-*/training_args.bin")
+        )  # they are searched too
+        assert leaks(out) == []
+        done = train(hub, out, home)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert leaks(out) == []
+    for shown in (early.stdout, early.stderr, done.stdout, done.stderr):
+        assert not any(secret in shown for secret in SECRETS)
+    # both secrets were really used
+    assert "W&B: on" in done.stdout
+    [first, second] = out.glob("wandb/offline-run-*/run-*.wandb")
+    assert first.stat().st_size and second.stat().st_size
+    adapter = out / "03_sft_train" / "adapter"
+    files = [path for path in adapter.rglob("*") if path.is_file()]
+    on_disk = {path.relative_to(adapter).as_posix(): path.read_bytes() for path in files}
+    assert hub.files["alice/atlas-test"] == on_disk
+    assert hub.private["alice/atlas-test"]

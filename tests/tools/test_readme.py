@@ -1,0 +1,168 @@
+"""README and the pages of text tell the truth: figures, verbs and paths are those that exist."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import publish
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+PROSE = [
+    ROOT / "README.md",
+    *sorted((ROOT / "experiments").glob("*.md")),
+    *sorted((ROOT / "site").glob("*.md*")),
+]
+# A decimal, a percentage, a number with thousands: what a reader would take for a result.
+FIGURE = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/]|\.\d|,\d)")
+NO_RESULTS = (
+    r"```.*?```|~~~.*?~~~",  # code, commands
+    r"`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv:\S+",  # names, links
+    r"\{\{.*?\}\}|\{%.*?%\}|\$[^$]*\$",  # templates, formulas
+    r"Python 3\.\d+ to 3\.\d+|Apache-2\.0|\d{4}-\d\d-\d\d|95 %|seed \d+|sm_\d+",
+)
+
+
+def figures(text: str) -> set[str]:
+    """What stands in prose and looks like a result."""
+    for pattern in NO_RESULTS:
+        text = re.sub(pattern, " ", text, flags=re.S)
+    found = {match.rstrip(",") for match in FIGURE.findall(text)}
+    return {f for f in found if "." in f or "," in f or len(f) > 3}
+
+
+def numbers(value) -> Iterator[float]:
+    """All numbers in a tree of JSON."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+
+
+@pytest.fixture(scope="module")
+def known() -> set[float]:
+    """Every number of results/, the cited ones of others, and the configured ones."""
+    files = [*sorted((ROOT / "results").rglob("*.json")), ROOT / "configs" / "published.json"]
+    found = {n for path in files for n in numbers(json.loads(path.read_text("utf-8")))}
+    for path in (ROOT / "configs").glob("*.yaml"):
+        found |= set(numbers(yaml.safe_load(path.read_text("utf-8"))))
+    return found
+
+
+def unfounded(text: str, known: set[float]) -> list[str]:
+    """Figures of a text that no known number, or hundred times it, rounds to."""
+    found = []
+    for figure in sorted(figures(text)):
+        decimals = len(figure.partition(".")[2].partition("e")[0])
+        value = float(figure.replace(",", ""))
+        scaled = (x for n in known for x in (n, 100 * n, n / 1e6))
+        if not any(f"{x:.{decimals}f}" == f"{value:.{decimals}f}" for x in scaled):
+            found.append(figure)
+    return found
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_figure_has_its_source(path, known):
+    assert unfounded(path.read_text("utf-8"), known) == []
+
+
+@pytest.mark.parametrize("wrong", ["0.777777", "strict accuracy 98.76 %", "1,234,567 rows", "9999"])
+def test_a_wrong_figure_is_found(wrong, known):
+    assert unfounded(f"{README}\nIt reached {wrong}.", known)
+
+
+def test_figures_are_told_from_names():
+    assert figures("Qwen2.5-0.5B, `0.123`, 2026-11-24 and 12 of 0.240, 5,000.") == {
+        "0.240",
+        "5,000",
+    }
+
+
+def published_rows() -> list[dict]:
+    run = json.loads((ROOT / "results" / "run.json").read_text("utf-8"))
+    metrics = json.loads((ROOT / "results" / "metrics.json").read_text("utf-8"))
+    return [row for row in metrics if all(row[k] == run[k] for k in ("commit", "config_digest"))]
+
+
+def table_faults(text: str, rows: list[dict]) -> list[str]:
+    """Where README's table differs from the rows of the published run."""
+    lines = [publish.table_line(row) for row in rows]
+    shown = re.findall(r"^\| (?:base|SFT) \|.*$", text, flags=re.M)
+    return sorted(set(lines) ^ set(shown))
+
+
+def test_the_table_is_the_published_run():
+    rows = published_rows()
+    assert rows
+    assert table_faults(README, rows) == []
+
+
+def test_a_wrong_figure_in_the_table_is_found():
+    wrong = README.replace("| 0.653 |", "| 0.654 |")
+    assert wrong != README
+    assert table_faults(wrong, published_rows())
+
+
+def test_every_published_row_names_its_clean_commit_and_run():
+    metrics = json.loads((ROOT / "results" / "metrics.json").read_text("utf-8"))
+    for row in metrics:
+        assert re.fullmatch(r"[0-9a-f]{12}", row["commit"])
+        assert row.keys() >= {"model", "format", "config_digest", "data", "hardware", "label"}
+
+
+def test_every_cited_figure_has_a_source():
+    cited = json.loads((ROOT / "configs" / "published.json").read_text("utf-8"))
+    assert all(row["source"].strip() for row in [*cited["rows"], *cited["cited"]])
+
+
+def test_the_verbs_are_in_the_makefile():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    text = README + (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for verb in set(re.findall(r"\bmake ([a-z-]+)", text)) - {"it"}:
+        assert re.search(rf"^{verb}:", makefile, flags=re.M), verb
+
+
+def test_every_file_of_the_tree_exists():
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, flags=re.S)[1]
+    named = set(re.findall(r"\b[\w-]+\.(?:py|yaml|toml|txt|cff)\b", tree))
+    present = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    assert named <= present
+    modules = {path.name for path in (ROOT / "atlas_lib").glob("*.py")} - {"__init__.py"}
+    assert modules <= named, modules - named
+
+
+def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    on_colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    on_kaggle = f"https://kaggle.com/kernels/welcome?src={repository}"
+    expected = [
+        f"{start}/blob/main/notebooks/{page.name}"
+        for page in sorted((ROOT / "notebooks").glob("0[1-4]*.ipynb"))
+        for start in (on_kaggle, on_colab)
+    ]
+    assert re.findall(r"\[!\[(?:Kaggle|Colab)\]\S+\]\(([^)]+)\)", README) == expected
+
+
+def test_every_link_of_the_texts_leads_somewhere():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PROSE):
+        if path.parent.name == "site":
+            continue  # tests/test_site.py follows those
+        for link in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
+            assert link.startswith("http") or (path.parent / link).exists(), (path, link)
+
+
+def test_the_citation_file_is_valid_and_names_the_repository():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}
+    assert citation["repository-code"] == project["urls"]["Repository"]
+    assert citation["license"] == project["license"]
