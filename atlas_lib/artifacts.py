@@ -1,20 +1,26 @@
-"""Hand-over between stages: a folder a stage, its manifest written last, every file hashed."""
+"""Results on disk: one folder per stage, its manifest written last, with the hash of every file.
+
+Identity has one form: `made_from` is the mapping of all that decides a result, `digest` is its
+short name, and `difference` says where two of them differ.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import session, sources
-from atlas_lib.standin import tiny_model
+from atlas_lib import session, sources, stages
+from atlas_lib.schema import Config
 
-MANIFEST = "manifest.json"
-KEYS = {"stage", "relevant", "inputs", "outputs"}  # what a later stage reads of it
+MANIFEST, MANIFEST_FORMAT = "manifest.json", 2
 KAGGLE_INPUT = session.KAGGLE / "input"
+# Arguments of SFTConfig that decide no result.
+WITHOUT_EFFECT = {f"train.{name}" for name in ("report_to", "run_name", "output_dir", "log_level")}
+WITHOUT_EFFECT |= {f"train.{name}" for name in ("disable_tqdm", "logging_dir", "push_to_hub")}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -22,12 +28,13 @@ def write_json(path: Path, value: Any) -> None:
     write_lines(path, [json.dumps(value, indent=1, ensure_ascii=False)])
 
 
-def write_jsonl(path: Path, rows: Any) -> None:
-    """Write one JSON object a line, streamed, to a temporary file and rename it."""
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON object per line, streamed, to a temporary file and rename it."""
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
 
 
-def write_lines(path: Path, lines: Any) -> None:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write text lines to a temporary file and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
@@ -35,6 +42,11 @@ def write_lines(path: Path, lines: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_bytes())
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -49,17 +61,41 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def made_from(stage: str, config: Config) -> dict[str, Any]:
+    """All that decides the result of a stage: configuration keys and the content of local files."""
+    begins = stages.decided_by(stage)
+    values = {
+        key: value
+        for key, value in config.flat().items()
+        if key.startswith(begins) and key not in WITHOUT_EFFECT
+    }
+    return json.loads(json.dumps(values | sources.contents(values, config)))
+
+
+def digest(made_from: Any) -> str:
+    """First 12 hex digits of the SHA-256 of a JSON value."""
+    text = json.dumps(made_from, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def config_digest(config: Config, stage: str = stages.IFEVAL_EVAL) -> str:
+    """The digest of what decides a stage's result; by default, the last stage's."""
+    return digest(made_from(stage, config))
+
+
+def difference(there: Mapping, here: Mapping) -> str | None:
+    """The first key whose values differ, in words; None if the two are equal."""
+    for key in sorted(there.keys() | here.keys(), key=lambda key: ("content of" in key, key)):
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+    return None
 
 
 @contextlib.contextmanager
-def stage(name: str, config: Any, out: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """The folder of stage `name`; its manifest is written last, if nothing went wrong in between.
+def stage(name: str, config: Config, out: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """The empty folder of stage `name`; its manifest is written on leaving without an error.
 
-    `inputs` are the folders of the stages it read; their manifests are recorded by hash. What an
-    earlier run left in the folder goes first, so that it cannot pass for an output of this one.
+    `inputs` are the folders of the stages it read.
     """
     folder = out / name
     if folder.is_dir():
@@ -67,84 +103,64 @@ def stage(name: str, config: Any, out: Path, inputs: Sequence[Path] = ()) -> Ite
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     yield folder
-    write_json(
-        folder / MANIFEST,
-        {
-            "stage": name,
-            "config_digest": config.digest(name),
-            "relevant": relevant(name, config),
-            "inputs": {path.name: fingerprint(path) for path in inputs},
-            "outputs": {
-                path.relative_to(folder).as_posix(): sha256(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and not path.name.endswith(".part")
-            },
-            **session.provenance(),
-        },
-    )
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".part")
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "stage": name,
+        "made_from": made_from(name, config),
+        "digest": config_digest(config, name),
+        "inputs": {path.name: result_digest(path) for path in inputs},
+        "outputs": {path.relative_to(folder).as_posix(): sources.sha256(path) for path in files},
+        "parameters": config.parameters,
+        "config": config.as_dict(),
+        **session.provenance(),
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
-def relevant(name: str, config: Any) -> dict[str, Any]:
-    """What decides the result of stage `name`: config keys, and what local names stand for."""
-    keys = config.relevant(name)
-    names = [value for value in keys.values() if isinstance(value, str)]
-    paths = {n: Path(sources.locate(n)) for n in names if n.endswith(".jsonl")}
-    if config.model.adapter and "model.adapter" in keys:
-        weights = Path(sources.locate(config.model.adapter)) / "adapter_model.safetensors"
-        paths[config.model.adapter] = weights  # trained anew in the same place, it is another one
-    files = {f"content of {n}": sha256(path) for n, path in paths.items() if path.is_file()}
-    if any(value.startswith(tiny_model.PREFIX) for value in names):
-        files["offline stand-in"] = tiny_model.digest(config)
-    return keys | files
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest in `folder`. Raises ValueError if it is damaged."""
-    path = folder / MANIFEST
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises ValueError if it is damaged or of another version."""
+    manifest = None
     with contextlib.suppress(ValueError):
-        manifest = json.loads(path.read_bytes())
-        if isinstance(manifest, dict) and manifest.keys() >= KEYS:
-            return manifest
-    raise ValueError(f"{path} is damaged; run {folder.name} again.")
-
-
-def fingerprint(folder: Path) -> str:
-    """One hash of what a stage made and from what: the same wherever and whenever it ran."""
-    manifest = read_manifest(folder)
-    made = {key: manifest[key] for key in ("relevant", "inputs", "outputs")}
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-
-
-def check(folder: Path, config: Any, upstream: dict[str, Path] | None = None) -> dict:
-    """The manifest of a finished stage that fits `config`, its files intact. Raises ValueError.
-
-    `upstream` maps a stage's name to the folder that should be recorded as its input.
-    """
-    manifest = read_manifest(folder)
-    name, there = manifest["stage"], manifest["relevant"]
-    here = json.loads(json.dumps(relevant(name, config)))
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            raise ValueError(
-                f"{folder} does not fit this run: {key} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here; run {name} again, choose another "
-                "OUT, or detach that input."
-            )
-    for file, digest in manifest["outputs"].items():
-        if not (folder / file).is_file() or sha256(folder / file) != digest:
-            raise ValueError(f"{folder / file} is not the file {name} wrote; run {name} again.")
-    check_inputs(folder, upstream or {})
+        manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged or was written by another version of Atlas; run "
+            f"{folder.name} again, or choose another OUT."
+        )
     return manifest
 
 
-def check_inputs(folder: Path, upstream: dict[str, Path]) -> None:
-    """The stage in `folder` was made from the folders in `upstream`. Raises ValueError."""
+def result_digest(folder: Path) -> str:
+    """The digest of what a stage made and from what: equal wherever and whenever it ran."""
     manifest = read_manifest(folder)
-    for name, path in upstream.items():
-        if manifest["inputs"].get(name) != fingerprint(path):
-            raise ValueError(
-                f"{folder} was made from another {name} than {path}; run {manifest['stage']} again."
-            )
+    return digest({key: manifest[key] for key in ("made_from", "inputs", "outputs")})
+
+
+def check(folder: Path, config: Config, inputs: Mapping[str, Path] | None = None) -> dict:
+    """The manifest of a finished stage that fits `config`, its files intact. Raises ValueError.
+
+    `inputs` maps a stage's name to the folder that should be recorded as its input.
+    """
+    manifest = read_manifest(folder)
+    if problem := _misfit(folder, manifest, config, inputs or {}):
+        raise ValueError(problem)
+    return manifest
+
+
+def _misfit(folder: Path, manifest: dict, config: Config, inputs: Mapping) -> str | None:
+    """Why a stage's folder cannot be used for this run, as a sentence, or None."""
+    name = manifest["stage"]
+    if differs := difference(manifest["made_from"], made_from(name, config)):
+        fix = f"run {name} again, choose another OUT, or detach that input"
+        return f"{folder} does not fit this run: {differs}; {fix}."
+    for file, recorded in manifest["outputs"].items():
+        if not (folder / file).is_file() or sources.sha256(folder / file) != recorded:
+            return f"{folder / file} is not the file that {name} wrote; run {name} again."
+    for other, path in inputs.items():
+        if manifest["inputs"].get(other) != result_digest(path):
+            return f"{folder} was made from another {other} than {path}; run {name} again."
+    return None
 
 
 def find(name: str, out: Path) -> list[Path]:
@@ -154,10 +170,10 @@ def find(name: str, out: Path) -> list[Path]:
     return [path.parent for path in sorted(KAGGLE_INPUT.rglob(f"{name}/{MANIFEST}"))]
 
 
-def require(name: str, config: Any, out: Path, build: Callable[[Any, Path], Path]) -> Path:
+def require(name: str, config: Config, out: Path, build: Callable[[Config, Path], Path]) -> Path:
     """The folder of finished stage `name` that fits `config`; `build(config, out)` if absent."""
-    candidates, refusal = find(name, out), None
-    for folder in candidates:
+    refusal = None
+    for folder in find(name, out):
         try:
             check(folder, config)
         except ValueError as error:
@@ -167,5 +183,5 @@ def require(name: str, config: Any, out: Path, build: Callable[[Any, Path], Path
             return folder
     if refusal:
         raise refusal
-    print(f"{name} is not there yet: building it.")
+    print(f"{name} has not been run yet: building it.")
     return build(config, out)

@@ -14,6 +14,9 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this is one
+# A checkout has configs/ and notebooks/ beside the package; an installed wheel contains them.
+FILES = ROOT if (ROOT / "configs").is_dir() else ROOT / "atlas_lib" / "share"
+CONFIGS, NOTEBOOKS = FILES / "configs", FILES / "notebooks"
 UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image breaks the rest
 
 

@@ -1,114 +1,62 @@
-"""Layered YAML -> one validated, immutable object: base.yaml <- config <- overlay <- SET."""
+"""Layered YAML -> one `Config`: base.yaml <- the recipe <- an overlay <- SET.
+
+python -m atlas_lib.config sft_qwen05b --set lora.r=8     # print the resolved configuration
+"""
 
 import argparse
+import dataclasses
 import difflib
-import hashlib
-import json
 import re
-from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import ValidationError, create_model
 
-from atlas_lib.schema import (
-    Audit,
-    Data,
-    Eval,
-    Lora,
-    Model,
-    Offline,
-    Output,
-    Quantization,
-    Run,
-    Section,
-    train_section,
-)
+from atlas_lib import artifacts
+from atlas_lib.bootstrap import CONFIGS
+from atlas_lib.schema import Config, Section, Train, flatten
 
-PACKAGE = Path(__file__).resolve().parent
-# In a checkout configs/ stands beside the package; an installed wheel carries it inside.
-CONFIGS = next(
-    (p for p in (PACKAGE.parent / "configs", PACKAGE / "configs") if p.is_dir()), PACKAGE
-)
-
-# What each stage adds to the keys that decide its result; a later one depends on all earlier ones.
-STAGES = {
-    "01_data_prep": ("data", "offline"),
-    "02_template_audit": (
-        "model.tokenizer", "model.tokenizer_revision", "model.chat_template", "model.pad_token",
-        "model.base", "model.base_revision", "train.max_length", "audit",
-    ),
-    "03_sft_train": (
-        "seed", "quantization", "lora", "train",
-    ),
-    "04_ifeval_eval": ("model", "eval", "label"),
-}  # fmt: skip
-# Names, places and secrets among SFTConfig's fields: they decide no result and enter no manifest.
-WITHOUT_EFFECT = re.compile(
-    r"train\.(report_to|run_name|project|output_dir|disable_tqdm|log_\w+|logging_dir|push_to_hub"
-    r"|hub_\w+|trackio_\w+|dataloader_(?!drop_last)\w+|resume_from_checkpoint)"
-)
-MISSING = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
-
-
-class Config(Section):
-    """A resolved configuration; `digest(stage)` names what decides a stage's result."""
-
-    seed: int
-    label: str
-    run: Run
-    model: Model
-    quantization: Quantization
-    lora: Lora
-    data: Data
-    audit: Audit
-    train: Any
-    eval: Eval
-    output: Output
-    offline: Offline
-
-    def as_dict(self) -> dict:
-        """Plain values, `train` with only the keys that a layer set."""
-        return self.model_dump() | {"train": self.train.model_dump(exclude_unset=True)}
-
-    def relevant(self, stage: str) -> dict[str, Any]:
-        """Dotted key -> value of everything that decides the result of `stage`."""
-        prefixes = tuple(f"{p}." for s, ps in STAGES.items() if s <= stage for p in ps)
-        values = {
-            key: value
-            for key, value in flatten(self.as_dict()).items()
-            if f"{key}.".startswith(prefixes) and not WITHOUT_EFFECT.fullmatch(key)
-        }
-        if any(str(value).startswith("embedded:") for value in values.values()):
-            return values
-        # The stand-in's sizes decide nothing where it is not used.
-        return {key: value for key, value in values.items() if not key.startswith("offline.")}
-
-    def digest(self, stage: str = "04_ifeval_eval") -> str:
-        """First 12 hex digits of the SHA-256 of `relevant(stage)`."""
-        text = json.dumps(self.relevant(stage), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
 
 
 def load_config(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
     """The config `name`, with `overlay` and then dotted `overrides` on top. Raises ValueError."""
-    layers = [_read("base"), *_recipe(name), _read(overlay) if overlay else {}]
+    given = parse_overrides(overrides)
+    layers = [_read_layer("base"), *_recipe_layers(name), overlay_layer(overlay, given)]
     merged: dict = {}
-    for layer in [*layers, _overrides(overrides)]:
+    for layer in layers:
         _merge(merged, layer)
     if flatten(merged).get("train.hub_token"):
         raise ValueError("train.hub_token would leave a secret in files; set HF_TOKEN instead.")
     try:
-        schema = create_model("Config", __base__=Config, train=(train_section(), ...))
-        return schema.model_validate(merged)
+        config = Config.model_validate(merged)
+        check_train(config.train.model_extra)
     except ValidationError as error:
         raise ValueError(first_problem(error)) from None
+    config.parameters.update(CONFIG=name, OVERLAY=overlay, SET=given)
+    return config
 
 
-def overlay_layer(overlay: str, overrides: dict) -> dict:
+def check_train(extra: dict[str, Any]) -> None:
+    """Keys of SFTConfig that the schema does not name. Raises ValidationError. Imports trl."""
+    if extra:
+        from trl import SFTConfig
+
+        hints, fields = get_type_hints(SFTConfig), dataclasses.fields(SFTConfig)
+        kinds = {field.name: (hints[field.name], None) for field in fields}
+        train = create_model("TrainArguments", __base__=Section, **kinds)
+        create_model("Arguments", __base__=Section, train=(train, ...)).model_validate(
+            {"train": extra}
+        )
+
+
+def overlay_layer(overlay: str, overrides: dict[str, Any]) -> dict:
     """An overlay (or none) with dotted `overrides` merged into it: one layer, not validated."""
-    merged = _read(overlay) if overlay else {}
-    _merge(merged, _overrides(overrides))
+    merged = _read_layer(overlay) if overlay else {}
+    for dotted, value in overrides.items():
+        for part in reversed(dotted.split(".")):
+            value = {part: value}
+        _merge(merged, value)
     return merged
 
 
@@ -117,33 +65,24 @@ def available_configs() -> list[str]:
     return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
-def _read(name: str) -> dict:
+def _read_layer(name: str) -> dict:
     path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available_configs())}.")
     return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
 
 
-def _recipe(name: str, above: tuple[str, ...] = ()) -> list[dict]:
-    """The recipe and, first, those that it `extends`. Raises ValueError on a circle."""
+def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[dict]:
+    """The recipe after those that it `extends`. Raises ValueError on a cycle."""
     if name in above:
-        raise ValueError(f"configs/{name}.yaml extends itself by way of {above[-1]}; mend that.")
-    layer = _read(name)
+        raise ValueError(f"configs/{name}.yaml extends itself through {above[-1]}; remove one.")
+    layer = _read_layer(name)
     below = layer.pop("extends", None)
-    return [*(_recipe(below, (*above, name)) if below else []), layer]
+    return [*(_recipe_layers(below, (*above, name)) if below else []), layer]
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """YAML's value of `text`. Raises ValueError that names the source."""
+    """The value of a YAML `text`. Raises ValueError that names the source."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -151,20 +90,23 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source} is not YAML: {problem}; check brackets and quotes.") from None
 
 
-def _overrides(overrides: dict | str | None) -> dict:
-    """SET as a nested dict; `papermill -p` delivers it as a JSON or YAML string."""
+def parse_overrides(overrides: dict | str | None) -> dict[str, Any]:
+    """SET as a mapping of dotted keys; `papermill -p` passes it as a JSON or YAML string."""
     given = parse_yaml(overrides, "SET") if isinstance(overrides, str) else overrides
     if not isinstance(given or {}, dict) or not all(isinstance(key, str) for key in given or {}):
         raise ValueError(
             f"SET must map dotted keys to values, like {{train.max_steps: 10}}; got {given!r}."
         )
-    nested: dict = {}
-    for dotted, value in (given or {}).items():
-        *parents, leaf = dotted.split(".")
-        for parent in reversed([*parents, leaf]):
-            value = {parent: value}
-        _merge(nested, value)
-    return nested
+    return given or {}
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """["train.max_steps=10"] -> {"train.max_steps": 10}; values are YAML."""
+    for text in assignments:
+        if "=" not in text:
+            raise ValueError(f"--set {text!r} is not KEY=VALUE.")
+    pairs = [text.partition("=") for text in assignments]
+    return {key: parse_yaml(value, f"--set {key}={value}") for key, _, value in pairs}
 
 
 def _merge(below: dict, above: dict) -> None:
@@ -175,40 +117,44 @@ def _merge(below: dict, above: dict) -> None:
             below[key] = value
 
 
-def _known_keys(model: type[Section], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        kind = train_section() if prefix + name == "train" else field.annotation
-        kind = next((k for k in (kind, *getattr(kind, "__args__", ())) if _is_section(k)), None)
-        keys += [f"{prefix}{name}"] + (_known_keys(kind, f"{prefix}{name}.") if kind else [])
-    return keys
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
 def first_problem(
-    error: ValidationError, kind: type[Section] = Config, missing: str = MISSING
+    error: ValidationError, schema: type[Section] = Config, missing: str = MISSING_KEY
 ) -> str:
     """The first problem as one sentence that names key, value and what was expected."""
     problem = error.errors()[0]
-    known = _known_keys(kind)
-    # Without the union's member that pydantic appends; a list's index stays.
+    # Without the member of a union that pydantic appends; a list's index stays.
     parts = [p for p in problem["loc"] if isinstance(p, int) or re.fullmatch(r"[a-z_0-9]+", p)]
     key = ".".join(map(str, parts))
     if problem["type"] == "extra_forbidden":
-        parent = key.rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == parent]
-        near = difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(
-            key, known, n=1, cutoff=0.0
-        )
-        return f"Unknown key {key!r}; the nearest known one is {near[0]!r}."
+        return f"Unknown key {key!r}; the nearest known one is {_nearest_key(key, schema)!r}."
     if problem["type"] == "missing":
         return missing.format(key=key)
     value = problem["input"]
     expected = problem["msg"].replace("Input should", "it should").removeprefix("Value error, ")
     return f"{key} is {value!r} ({type(value).__name__}); {expected}."
+
+
+def _nearest_key(key: str, schema: type[Section]) -> str:
+    known = _known_keys(schema)
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, siblings, n=1)
+    return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+
+
+def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:
+    names = set(schema.model_fields)
+    if schema is Train:
+        from trl import SFTConfig
+
+        names |= {field.name for field in dataclasses.fields(SFTConfig)}
+    keys = []
+    for name in sorted(names):
+        kind = schema.model_fields[name].annotation if name in schema.model_fields else None
+        options = (kind, *getattr(kind, "__args__", ()))
+        nested = next((k for k in options if isinstance(k, type) and issubclass(k, Section)), None)
+        keys += [f"{prefix}{name}", *(_known_keys(nested, f"{prefix}{name}.") if nested else [])]
+    return keys
 
 
 def main() -> None:
@@ -219,19 +165,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config = load_config(args.config, args.overlay, parse_assignments(args.set))
+        digest = artifacts.config_digest(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), end="")
-    print(f"# digest: {config.digest()}")
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """["train.max_steps=10"] -> {"train.max_steps": 10}; values are YAML."""
-    for text in assignments:
-        if "=" not in text:
-            raise ValueError(f"--set {text!r} is not KEY=VALUE.")
-    pairs = [text.partition("=") for text in assignments]
-    return {key: parse_yaml(value, f"--set {key}={value}") for key, _, value in pairs}
+    print(f"# digest: {digest}")
 
 
 if __name__ == "__main__":

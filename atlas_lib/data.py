@@ -1,23 +1,26 @@
-"""The slice: load, check and split it, write and read train.jsonl and val.jsonl."""
+"""The training subset: load, check and split it; write and read train.jsonl and val.jsonl."""
 
-import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from atlas_lib import artifacts, sources
-from atlas_lib.config import CONFIGS
-from atlas_lib.standin import tiny_model
+from atlas_lib import artifacts, sources, stages
+from atlas_lib.bootstrap import CONFIGS
+from atlas_lib.schema import Config
 
-STAGE = "01_data_prep"
-FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Messages = list[dict[str, str]]
+SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
-def load_slice(config: Any) -> tuple[Any, Any]:
+def load_subset(config: Config) -> tuple["Dataset", "Dataset"]:
     """Training and validation rows: the first n_samples of one shuffle, then n_validation more.
 
-    Both are `datasets.Dataset`s of `messages` alone: TRL would read UltraChat's `prompt` column as
-    prompt/completion data.
+    Both have the column `messages` alone: TRL would read UltraChat's `prompt` column as
+    prompt/completion data. Raises ValueError that names a bad row.
     """
     from datasets import Dataset
 
@@ -37,63 +40,57 @@ def load_slice(config: Any) -> tuple[Any, Any]:
     return dataset.select(range(data.n_samples)), dataset.select(range(data.n_samples, wanted))
 
 
-def load_rows(config: Any) -> Any:
-    """Rows with `messages`, by index: of the hub, a local folder or .jsonl, or the stand-in."""
+def load_rows(config: Config) -> Sequence[dict]:
+    """Rows with `messages`, by index: from the hub, a local folder or a local .jsonl."""
     from datasets import load_dataset
 
-    path = sources.locate(tiny_model.resolve(config.data.dataset, config))
-    if path.endswith(".jsonl"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist; give an existing .jsonl or a hub id.")
+    path, revision = sources.fetch(config.data.dataset, config.data.revision, config, "dataset")
+    if path.endswith(".jsonl"):  # read here: an error of `datasets` names neither line nor key
         rows = artifacts.read_jsonl(Path(path))
         if not rows or not isinstance(rows[0], dict) or "messages" not in rows[0]:
             raise ValueError(f"{path} has no rows with `messages`; each line needs that key.")
         return rows
-    if not Path(path).is_dir():
-        sources.check_hub(path, config.data.revision, "dataset")
-    rows = load_dataset(path, revision=config.data.revision, split=config.data.split)
+    rows = load_dataset(path, revision=revision, split=config.data.split)
     return rows.select_columns(["messages"])
 
 
-def known_rows(config: Any) -> list[dict]:
-    """Published facts on the first rows of this slice, whatever its revision; [] for others."""
-    known = json.loads((CONFIGS / "known_rows.json").read_text(encoding="utf-8"))
-    here = config.relevant("02_template_audit")
+def known_rows(config: Config) -> list[dict]:
+    """Published facts on the first rows of this subset, at any revision; [] for other data."""
+    known, here = artifacts.read_json(CONFIGS / "known_rows.json"), config.flat()
     same = all(here[key] == value for key, value in known["holds_for"].items())
     return known["rows"] if same else []
 
 
-def check_known_rows(conversations: Any, known: list[dict]) -> None:
+def check_known_rows(conversations: Iterable[Messages], known: list[dict]) -> None:
     """The first rows start as published. Raises ValueError."""
     for row, messages in zip(known, conversations, strict=False):
         first = next(m["content"] for m in messages if m["role"] == "user")
         if not first.startswith(row["first_user_turn_starts"]):
             raise ValueError(
-                f"Row {row['idx']} of the slice starts with {first[:60]!r}, the published one with "
-                f"{row['first_user_turn_starts'][:60]!r}: this is another slice; check "
-                "data.revision, data.shuffle_seed and the version of datasets."
+                f"Row {row['idx']} of the subset starts with {first[:60]!r}, the published one "
+                f"with {row['first_user_turn_starts'][:60]!r}; check data.revision, "
+                "data.shuffle_seed and the version of datasets."
             )
 
 
-def check_conversations(conversations: Any, rows: Any, source: str) -> None:
+def check_conversations(conversations: Iterable, rows: Iterable[int], source: str) -> None:
     """Every conversation is [system]? then user, assistant, user, ... Raises ValueError.
 
-    `rows` are the numbers, from 0, under which the conversations stand in `source`.
+    `rows` are the indices of the conversations in `source`.
     """
     for row, messages in zip(rows, conversations, strict=True):
-        problem = conversation_problem(messages)
-        if problem:
-            raise ValueError(f"{source}, row {row} (from 0): {problem}; mend or drop that row.")
+        if problem := conversation_problem(messages):
+            raise ValueError(f"{source}, row {row} (from 0): {problem}; fix or drop that row.")
 
 
 def conversation_problem(messages: Any) -> str | None:
     """What is wrong with one conversation in a few words, or None."""
     if not messages or not isinstance(messages, list):
-        return "`messages` is empty or missing, or no list"
+        return "`messages` is empty or missing, or not a list"
     previous = None
     for turn, message in enumerate(messages):
         if not isinstance(message, dict):
-            return f"turn {turn} is no object with role and content"
+            return f"turn {turn} is not an object with role and content"
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
             return f"turn {turn} has the unknown role {role!r}"
@@ -104,49 +101,46 @@ def conversation_problem(messages: Any) -> str | None:
         if role == previous:
             return f"turns {turn - 1} and {turn} are both {role} turns"
         if role == "assistant" and previous in (None, "system"):
-            return f"turn {turn} is an assistant turn that answers nobody"
+            return f"turn {turn} is an assistant turn without a user turn before it"
         previous = role
     return None if previous == "assistant" else "the last turn is not an assistant turn"
 
 
-def write_slice(folder: Path, train: Any, validation: Any, config: Any) -> None:
+def write_subset(folder: Path, train: "Dataset", validation: "Dataset", config: Config) -> None:
     """train.jsonl, val.jsonl and card.json into `folder`."""
     for split, rows in (("train", train), ("validation", validation)):
-        artifacts.write_jsonl(folder / FILES[split], rows)
-    artifacts.write_json(
-        folder / "card.json",
-        {
-            "dataset": config.data.dataset,
-            "revision": config.data.revision,
-            "label": config.label,
-            "train": describe(train["messages"]),
-            "validation": describe(validation["messages"]),
-        },
-    )
+        artifacts.write_jsonl(folder / SPLIT_FILES[split], rows)
+    card = {
+        "dataset": config.data.dataset,
+        "revision": config.data.revision,
+        "label": config.label,
+        "train": describe(train["messages"]),
+        "validation": describe(validation["messages"]),
+    }
+    artifacts.write_json(folder / "card.json", card)
 
 
-def describe(conversations: Any) -> dict[str, Any]:
+def describe(conversations: Sequence[Messages]) -> dict[str, Any]:
     """Counts of conversations, turns by role, and assistant characters."""
-    roles = Counter(message["role"] for chat in conversations for message in chat)
-    characters = sum(
-        len(m["content"]) for chat in conversations for m in chat if m["role"] == "assistant"
-    )
+    messages = [message for chat in conversations for message in chat]
     return {
         "conversations": len(conversations),
-        "turns": dict(roles),
+        "turns": dict(Counter(m["role"] for m in messages)),
         "turns_per_conversation": dict(sorted(Counter(map(len, conversations)).items())),
-        "assistant_characters": characters,
+        "assistant_characters": sum(
+            len(m["content"]) for m in messages if m["role"] == "assistant"
+        ),
     }
 
 
-def prepare(config: Any, out: Path) -> Path:
-    """Stage 01 without a notebook: load, check and write the slice. Returns its folder."""
-    train, validation = load_slice(config)
-    with artifacts.stage(STAGE, config, out) as folder:
-        write_slice(folder, train, validation, config)
+def prepare_subset(config: Config, out: Path) -> Path:
+    """Stage 01 without a notebook: load, check and write the subset. Returns its folder."""
+    train, validation = load_subset(config)
+    with artifacts.stage(stages.DATA_PREP, config, out) as folder:
+        write_subset(folder, train, validation, config)
     return folder
 
 
-def read(folder: Path, split: str = "train") -> list[list[dict[str, str]]]:
-    """The conversations of one split, in the slice's order."""
-    return [row["messages"] for row in artifacts.read_jsonl(folder / FILES[split])]
+def read_subset(folder: Path, split: str = "train") -> list[Messages]:
+    """The conversations of one split, in the subset's order."""
+    return [row["messages"] for row in artifacts.read_jsonl(folder / SPLIT_FILES[split])]

@@ -5,29 +5,10 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any
 
+from atlas_lib.schema import Config
 
-def free_bytes(device: Any) -> int:
-    """Bytes that the device can still give."""
-    if device.name == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-HEADROOM = 0.75  # of what is free: the rest is for the loss's tiles, gradients and fragmentation
-
-
-def hardware() -> str:
-    """The GPU's name if torch is loaded and sees one, else the processor's kind and cores."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+HEADROOM = 0.75  # share of the free memory to use: the rest is for gradients and fragmentation
 
 
 @dataclass(frozen=True)
@@ -39,8 +20,27 @@ class Device:
     reason: str
 
 
-def gpu_available(config: Any) -> bool:
-    """Whether CUDA can be used. Raises RuntimeError where `config` insists on it in vain."""
+def free_bytes(device: Device) -> int:
+    """Free memory of the device in bytes."""
+    if device.name == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def hardware() -> str:
+    """The GPU's name if torch is loaded and sees one, else the processor's kind and cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def gpu_available(config: Config) -> bool:
+    """Whether CUDA can be used. Raises RuntimeError if it cannot and run.require_gpu is set."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two: one process, one GPU
     import torch
 
@@ -48,16 +48,16 @@ def gpu_available(config: Any) -> bool:
     if config.run.require_gpu and not found:
         raise RuntimeError(
             "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it on "
-            "a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), take "
-            "OVERLAY=offline (`make run`), or set run.require_gpu=false and wait."
+            "a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), use "
+            "OVERLAY=offline (`make run`), or set run.require_gpu=false."
         )
     return found
 
 
 def gpu_count() -> int:
-    """GPUs of this machine that the user has not hidden; this process itself uses one of them."""
+    """GPUs that the user has not hidden; this process itself uses one of them."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    if chosen != "0":  # by the user; nothing and -1 hide them all
+    if chosen != "0":  # chosen by the user; an empty value and -1 hide them all
         return int(chosen not in ("", "-1"))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
@@ -66,8 +66,8 @@ def gpu_count() -> int:
     return len(listed.stdout.splitlines())
 
 
-def choose_device(config: Any) -> Device:
-    """Choose device and precision and say why. RuntimeError if a GPU is missing or too old."""
+def choose_device(config: Config) -> Device:
+    """Choose device and precision. Raises RuntimeError if a GPU is missing or too old."""
     if not gpu_available(config):
         return Device("cpu", "float32", "no GPU, and float32 is fast and exact on a CPU")
     import torch

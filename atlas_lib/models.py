@@ -3,22 +3,23 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from atlas_lib import compat, sources, template
-from atlas_lib.standin import tiny_model
+from atlas_lib.devices import Device
+from atlas_lib.schema import Config
 from atlas_lib.template import END_OF_TURN
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 END_OF_TEXT = "<|endoftext|>"
-QWEN_STOP_IDS = [151645, 151643]
+QWEN_VOCABULARY, QWEN_STOP_IDS = 151665, [151645, 151643]
 
 
-def load_tokenizer(config: Any) -> Any:
+def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """The tokenizer with the config's chat template and pad token. Raises ValueError."""
-    from transformers import AutoTokenizer
-
-    name, revision = _locate(config.model.tokenizer, config.model.tokenizer_revision, config)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = _tokenizer_of(config.model.tokenizer, config.model.tokenizer_revision, config)
     if config.model.chat_template:
         tokenizer.chat_template = template.shipped_template(config.model.chat_template)
     if config.model.pad_token:
@@ -26,65 +27,71 @@ def load_tokenizer(config: Any) -> Any:
     stop_ids(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END_OF_TURN)):
         raise ValueError(
-            f"The pad token is {tokenizer.pad_token!r}; it must exist and not be {END_OF_TURN}, or "
-            "tools that mask by id never train the stop: set model.pad_token, for Qwen2.5 to "
-            f"{END_OF_TEXT!r}."
+            f"The pad token is {tokenizer.pad_token!r}; it must exist and differ from "
+            f"{END_OF_TURN}, which tools that mask padding by id would otherwise never train: set "
+            f"model.pad_token, for Qwen2.5 to {END_OF_TEXT!r}."
         )
     return tokenizer
 
 
-def vocabulary_sha256(tokenizer: Any) -> str:
-    """Hash of the sorted vocabulary, added tokens included."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
-
-
-def check_vocabulary(tokenizer: Any, config: Any) -> str:
-    """The hash that the tokenizer shares with the base model's own. Raises ValueError.
-
-    The tokenizer comes from another repository than the weights: an id has to mean the same there.
-    """
+def _tokenizer_of(name: str, revision: str | None, config: Config) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    name, revision = _locate(config.model.base, config.model.base_revision, config)
-    own = vocabulary_sha256(AutoTokenizer.from_pretrained(name, revision=revision))
-    if own != vocabulary_sha256(tokenizer):
+    place, revision = sources.fetch(name, revision, config, "tokenizer")
+    return AutoTokenizer.from_pretrained(place, revision=revision)
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Config) -> str:
+    """The hash of the vocabulary that the tokenizer shares with the base model's own tokenizer.
+
+    Raises ValueError where the two differ: an id must mean the same token to the weights.
+    """
+    own = _tokenizer_of(config.model.base, config.model.base_revision, config)
+    one, other = (_vocabulary_sha256(each) for each in (tokenizer, own))
+    if one != other:
         raise ValueError(
             f"The vocabulary of {config.model.tokenizer} is not that of {config.model.base}: ids "
             "would mean other tokens to the weights. Name a tokenizer of the same family."
         )
-    return own
+    return one
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
+def _vocabulary_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single tokens."""
-    vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would answer with the unknown token
+    vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would return the unknown token
     ids = [vocabulary.get(token) for token in (END_OF_TURN, END_OF_TEXT)]
-    if None in ids:
-        raise ValueError(f"The tokenizer lacks {END_OF_TURN} or {END_OF_TEXT}; ChatML needs both.")
-    if len(tokenizer) == 151665 and ids != QWEN_STOP_IDS:
-        raise ValueError(f"Stop ids {ids} are not Qwen2.5's {QWEN_STOP_IDS}: another tokenizer.")
+    known = ids == QWEN_STOP_IDS or len(tokenizer) != QWEN_VOCABULARY
+    if None in ids or not known:
+        raise ValueError(
+            f"The tokenizer has {ids} as ids of {END_OF_TURN} and {END_OF_TEXT}; it needs both, "
+            f"and Qwen2.5's are {QWEN_STOP_IDS}. Name a tokenizer that writes ChatML."
+        )
     return ids
 
 
-def load_weights(role: str, config: Any, device: Any, in_4bit: bool) -> Any:
-    """The "base" or "instruct" model in `device.dtype`, or quantised as `config.quantization` says.
+def load_weights(
+    role: Literal["base", "instruct"], config: Config, device: Device, in_4bit: bool
+) -> "PreTrainedModel":
+    """The base or instruct model in `device.dtype`, or quantised as `config.quantization` says.
 
     Safetensors only, never remote code.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, device.dtype)
-    quantization = None
+    dtype, quantization = getattr(torch, device.dtype), None
     if in_4bit:
-        quantization = BitsAndBytesConfig(
-            **config.quantization.model_dump(), bnb_4bit_compute_dtype=dtype
-        )
-    wanted = (getattr(config.model, role), getattr(config.model, f"{role}_revision"))
-    name, revision = _locate(*wanted, config)
-    base = AutoModelForCausalLM.from_pretrained(
-        name,
+        options = config.quantization.model_dump()
+        quantization = BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=dtype)
+    name, revision = getattr(config.model, role), getattr(config.model, f"{role}_revision")
+    place, revision = sources.fetch(name, revision, config)
+    weights = AutoModelForCausalLM.from_pretrained(
+        place,
         revision=revision,
         dtype=dtype,
         quantization_config=quantization,
@@ -92,25 +99,17 @@ def load_weights(role: str, config: Any, device: Any, in_4bit: bool) -> Any:
         use_safetensors=True,
         trust_remote_code=False,
     )
-    compat.keep_cpu_gradients_right(base)
+    compat.keep_cpu_gradients_right(weights)
     compat.keep_attention_lean(device)
-    return base
+    return weights
 
 
 def attach_adapter(
-    base: Any, adapter: str | Path, revision: str | None = None, merge: bool = False
-) -> Any:
+    base: "PreTrainedModel", adapter: str | Path, revision: str | None = None, merge: bool = False
+) -> "PreTrainedModel":
     """`base` with a LoRA adapter from a folder or the hub, merged into its weights if asked."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base, sources.locate(str(adapter)), revision=revision)
+    place = sources.locate(str(adapter)) or adapter
+    model = PeftModel.from_pretrained(base, str(place), revision=revision)
     return model.merge_and_unload() if merge else model
-
-
-def _locate(name: str, revision: str | None, config: Any) -> tuple[str, str | None]:
-    """A local folder (built first if embedded), or a hub id that the hub has been asked for."""
-    name = sources.locate(tiny_model.resolve(name, config))
-    if Path(name).is_dir():
-        return name, None
-    sources.check_hub(name, revision)
-    return name, revision

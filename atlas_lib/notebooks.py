@@ -1,96 +1,112 @@
-"""Execute a notebook of this repository headless; the page itself is what runs."""
+"""Start a notebook, show its figures, and execute notebooks headless."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from atlas_lib import bootstrap, session
+from atlas_lib import artifacts, session, stages
+from atlas_lib.bootstrap import NOTEBOOKS, ROOT, platform_name
+from atlas_lib.config import load_config
+from atlas_lib.schema import Config
 
-# In a checkout notebooks/ stands beside the package; an installed wheel carries it inside.
-PAGES = (bootstrap.ROOT / "notebooks", Path(__file__).resolve().parent / "pages")
-FOLDER = next((folder for folder in PAGES if folder.is_dir()), PAGES[0])
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+    from matplotlib.figure import Figure
 
 
-def execute(stage: str, out: Path, parameters: dict[str, Any]) -> Path:
-    """Run notebooks/<stage>.ipynb with papermill, echo what it prints, keep it in out/notebooks.
+def start(
+    name: str, config_name: str, overlay: str, out: str, overrides: dict | str
+) -> tuple[Config, Path]:
+    """The configuration and OUT of a notebook; prints the label, digest, commit and versions."""
+    config = load_config(config_name, overlay, overrides)
+    folder = session.output_folder(out, config_name, overlay)
+    session.export_secrets()
+    stage = name if name in stages.STAGES else stages.IFEVAL_EVAL
+    digest = artifacts.config_digest(config, stage)
+    if config.label:
+        print(config.label)
+    print(f"configuration {digest} · commit {session.commit()} · {platform_name()} · OUT {folder}")
+    print(" · ".join(f"{package} {number}" for package, number in session.versions().items()))
+    return config, folder
 
-    The executed notebook is kept on failure too. A SIGTERM reaches the notebook's own process, so
-    that it can save. Raises RuntimeError with the notebook's error.
+
+def headline() -> "DisplayHandle":
+    """A line that the notebook's last cell replaces by its finding."""
+    from IPython.display import Markdown, display
+
+    return display(Markdown("*The result appears here at the end.*"), display_id=True)
+
+
+def show_figure(figure: "Figure", alt: str, label: str = "") -> None:
+    """Display a figure once, `label` above it and `alt` as its alternative text.
+
+    The site and nbconvert's classic template read `alt` from the output's metadata.
     """
-    source, target = FOLDER / f"{stage}.ipynb", out / "notebooks" / f"{stage}.ipynb"
-    if not source.is_file():
-        raise FileNotFoundError(
-            f"{source} is not here: run it elsewhere first, or set model.adapter."
-        )
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    if label:
+        figure.suptitle(label, fontsize=8, color="#555555")
+    display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)  # the inline backend would show it a second time, without the text
+
+
+def execute(name: str, out: Path, parameters: dict[str, Any]) -> Path:
+    """Run notebooks/<name>.ipynb with papermill, echo its output, keep it in out/notebooks.
+
+    The executed notebook is kept on failure too. SIGTERM is passed on to its process, so that it
+    can save. Raises RuntimeError with the notebook's error.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    target = out / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if bootstrap.platform_name() == "colab":
-        os.environ[session.NESTED] = "1"
+    os.environ[session.NESTED] = "1"
     try:
         with _forwarding_sigterm():
             papermill.execute_notebook(
-                source,
+                NOTEBOOKS / f"{name}.ipynb",
                 target,
                 parameters=parameters | {"OUT": str(out)},
                 kernel_name="python3",
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
-                cwd=str(bootstrap.ROOT),
-                extra_arguments=["--log-level=ERROR"],  # not about the run
+                cwd=str(ROOT),
+                extra_arguments=["--log-level=ERROR"],  # the kernel's own messages
             )
-    except DeadKernelError:
-        raise RuntimeError(
-            f"{stage} stopped: its process was killed or ran out of memory; run the same again, "
-            "and it goes on at this stage."
-        ) from None
-    except PapermillExecutionError as error:
-        raise RuntimeError(
-            f"{stage} stopped: {error.evalue} ({error.ename}; the executed notebook is {target})"
-        ) from None
+    except (DeadKernelError, PapermillExecutionError) as error:
+        reason = "its process was killed or ran out of memory; run it again to continue"
+        if isinstance(error, PapermillExecutionError):
+            reason = f"{error.evalue} ({error.ename}; the executed notebook is {target})"
+        raise RuntimeError(f"{name} stopped: {reason}.") from None
     finally:
-        os.environ.pop(session.NESTED, None)
+        del os.environ[session.NESTED]
     return target
-
-
-def keep(stage: str, out: Path) -> None:
-    """On Kaggle, copy the running page to out/notebooks: only files come back from a kernel."""
-    running = session.KAGGLE / "working" / "__notebook__.ipynb"
-    if bootstrap.platform_name() != "kaggle" or not running.is_file():
-        return
-    page = running.read_text(encoding="utf-8")
-    if json.dumps(f'keep("{stage}"')[1:-1] in page:  # not the page that called this one
-        target = out / "notebooks" / f"{stage}.ipynb"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
-        part.write_text(page, encoding="utf-8")
-        part.replace(target)
 
 
 @contextlib.contextmanager
 def _forwarding_sigterm() -> Iterator[None]:
-    """Pass SIGTERM on to the kernel, which has a session of its own, instead of dying first."""
+    """Pass SIGTERM on to the kernel, which has a session of its own, instead of ending first."""
     import psutil
 
     def forward(number, frame):
         kernels = psutil.Process().children()
         for kernel in kernels:
             kernel.send_signal(signal.SIGTERM)
-        if not kernels:  # nothing that could save: end as if nobody had listened
+        if not kernels:
             signal.signal(signal.SIGTERM, before)
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
         before = signal.signal(signal.SIGTERM, forward)
-    except ValueError:  # not the main thread: nothing to listen with
+    except ValueError:  # only the main thread can handle signals
         yield
         return
     try:
@@ -99,23 +115,32 @@ def _forwarding_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def ran_through(stage: str, out: Path) -> bool:
-    """Whether out/notebooks has this very page, executed to its end without an error."""
+def keep(name: str, out: Path) -> None:
+    """On Kaggle, copy the running notebook to out/notebooks: a kernel returns only files."""
+    running = session.KAGGLE / "working" / "__notebook__.ipynb"
+    if session.NESTED in os.environ or platform_name() != "kaggle" or not running.is_file():
+        return
+    text = running.read_text(encoding="utf-8")
+    artifacts.write_lines(out / "notebooks" / f"{name}.ipynb", [text.rstrip("\n")])
+
+
+def ran_through(name: str, out: Path) -> bool:
+    """Whether out/notebooks has this very notebook, executed to its end without an error."""
     try:
-        page = json.loads((out / "notebooks" / f"{stage}.ipynb").read_bytes())
-        run = page["metadata"]["papermill"]
-        source = json.loads((FOLDER / f"{stage}.ipynb").read_bytes())
+        executed = artifacts.read_json(out / "notebooks" / f"{name}.ipynb")
+        run = executed["metadata"]["papermill"]
+        source = artifacts.read_json(NOTEBOOKS / f"{name}.ipynb")
     except (OSError, ValueError, KeyError):
         return False
     done = bool(run["end_time"]) and not run["exception"]
-    return done and sources(page, ("code",)) == sources(source, ("code",))
+    return done and cell_sources(executed, ("code",)) == cell_sources(source, ("code",))
 
 
-def sources(page: dict, kinds: tuple[str, ...] = ("code", "markdown")) -> list[str]:
-    """The sources of the cells of these kinds, without the one that papermill injected."""
+def cell_sources(notebook: dict, kinds: tuple[str, ...] = ("code", "markdown")) -> list[str]:
+    """The sources of the cells of these kinds, without the cell that papermill injected."""
     return [
         "".join(cell["source"])
-        for cell in page["cells"]
+        for cell in notebook["cells"]
         if cell["cell_type"] in kinds
         and "injected-parameters" not in cell["metadata"].get("tags", [])
     ]

@@ -1,10 +1,5 @@
-"""What a configuration may hold: the sections, and SFTConfig's own fields for `train`."""
+"""`Config`: the keys that a configuration may hold, with their types and ranges."""
 
-import ast
-import builtins
-import importlib.util
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import (
@@ -12,20 +7,22 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    PrivateAttr,
     ValidationInfo,
-    create_model,
     field_validator,
 )
 
 
 class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_boolean_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and kind is not Any and bool not in (kind, *get_args(kind)):
             raise ValueError("it should not be true or false")
@@ -87,6 +84,33 @@ class Audit(Section):
     rendered_characters: PositiveInt
 
 
+class Train(Section):
+    """Arguments of TRL's SFTConfig; unset ones have its defaults. `config` checks other keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    activation_checkpointing: bool | None = None
+    assistant_only_loss: bool | None = None
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    logging_first_step: bool | None = None
+    logging_nan_inf_filter: bool | None = None
+    logging_steps: float | None = None
+    max_length: int | None = None
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    report_to: str | list[str] | None = None
+    save_strategy: str | None = None
+    seed: int | None = None
+    train_sampling_strategy: str | None = None
+    warmup_steps: float | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What the layers set, as arguments of SFTConfig."""
+        return self.model_dump(exclude_unset=True)
+
+
 class Eval(Section):
     prompts: str
     prompts_revision: str | None
@@ -94,15 +118,13 @@ class Eval(Section):
     formats: list[Literal["raw", "chat"]] = Field(min_length=1)
     max_new_tokens: PositiveInt
     load_in_4bit: bool
-    nf4_row: bool
-    engine: Literal["slots", "vllm"]
     alpha: float = Field(gt=0, lt=1)
     clear_margin: float = Field(ge=0, lt=1)
     guardrails: bool
 
 
 class Offline(Section):
-    """Sizes of the embedded stand-in; configs/base.yaml says why each."""
+    """Sizes of the tiny model and its data; configs/base.yaml gives the reason for each."""
 
     corpus_seed: int
     taught: list[str]
@@ -120,32 +142,41 @@ class Offline(Section):
     pretrain_learning_rate: float
 
 
-@cache
-def train_section() -> type[Section]:
-    """TRL's SFTConfig as a section, its fields read from source: importing trl takes seconds."""
-    fields: dict[str, Any] = {}
-    for package, file in (
-        ("transformers", "training_args.py"),
-        ("trl", "trainer/base_config.py"),
-        ("trl", "trainer/sft_config.py"),
-    ):
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise ValueError(f"{package} is not installed; run `make setup`.")
-        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-        for node in (n for c in tree.body if isinstance(c, ast.ClassDef) for n in c.body):
-            if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
-                fields[node.target.id] = (_annotation(node.annotation), None)
-    # Its name of today also where transformers is older: memory.trainer_arguments puts it right.
-    fields.setdefault("activation_checkpointing", (bool | None, None))
-    return create_model("Train", __base__=Section, **fields)
+class Config(Section):
+    """A resolved configuration."""
+
+    seed: int
+    label: str
+    run: Run
+    model: Model
+    quantization: Quantization
+    lora: Lora
+    data: Data
+    audit: Audit
+    train: Train
+    eval: Eval
+    output: Output
+    offline: Offline
+    _parameters: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """CONFIG, OVERLAY and SET that it was loaded from."""
+        return self._parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by section; `train` with only the keys that a layer set."""
+        return self.model_dump() | {"train": self.train.arguments()}
+
+    def flat(self) -> dict[str, Any]:
+        """`as_dict` with dotted keys: {"lora.r": 16, ...}."""
+        return flatten(self.as_dict())
 
 
-def _annotation(node: ast.expr) -> Any:
-    """The type that an annotation spells; the library's own enums are given by their names."""
-    return eval(ast.unparse(node), {}, _Names(vars(builtins) | {"Any": Any, "Literal": Literal}))
-
-
-class _Names(dict):
-    def __missing__(self, name: str) -> type:
-        return str
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

@@ -1,4 +1,4 @@
-"""Where am I, on what hardware, with which secrets: decided once, printed with the reason."""
+"""The session: its platform, OUT, secrets, deadline, and the provenance of what it makes."""
 
 import contextlib
 import importlib.metadata
@@ -12,9 +12,10 @@ from typing import Any
 
 from atlas_lib import devices
 from atlas_lib.bootstrap import ROOT, platform_name
+from atlas_lib.schema import Config
 
-NESTED = "ATLAS_NESTED"  # in a page that another one runs: Colab would never answer its kernel
-KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # another place only in tests
+NESTED = "ATLAS_NESTED"  # set in a notebook that another process runs: Colab would not answer it
+KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # elsewhere only in tests
 PACKAGES = (
     "torch",
     "transformers",
@@ -28,8 +29,8 @@ PACKAGES = (
 
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
-    """OUT as a folder that exists and can be written to. Raises ValueError."""
-    home = ROOT if (ROOT / "Makefile").is_file() else Path.cwd()  # not a checkout: where one works
+    """OUT as an absolute path of a writable folder, made if absent. Raises ValueError."""
+    home = ROOT if (ROOT / "Makefile").is_file() else Path.cwd()  # not in a checkout
     default = home / "runs" / "-".join(filter(None, (config_name, overlay)))
     folder = Path(out) if out else KAGGLE / "working" if platform_name() == "kaggle" else default
     try:
@@ -41,12 +42,14 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
         raise ValueError(
             f"OUT {folder} cannot be written to ({error.strerror}); choose another."
         ) from None
-    return folder
+    return folder.resolve()
 
 
 def commit() -> str:
-    """12 digits, "-dirty" with uncommitted changes: the checkout's, else the packed or installed
-    library's; "unknown" if none of them tells."""
+    """12 digits of the checkout's commit, else of the packed or installed library's.
+
+    With "-dirty" if there are uncommitted changes; "unknown" if no commit is recorded.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
@@ -58,14 +61,14 @@ def commit() -> str:
             return git("rev-parse", "--short=12", "HEAD") + changed
     if "ATLAS_COMMIT" in os.environ:  # set by the cell that unpacks a kernel's payload
         return os.environ["ATLAS_COMMIT"]
-    with contextlib.suppress(Exception):  # pip's note on where a package came from, if it is there
+    with contextlib.suppress(Exception):  # pip records where a package came from
         origin = importlib.metadata.distribution("atlas-sft").read_text("direct_url.json")
         return json.loads(origin)["vcs_info"]["commit_id"][:12]
     return "unknown"
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides a result; packages that are absent are left out."""
+    """Installed versions of the packages that decide a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -74,13 +77,13 @@ def versions() -> dict[str, str]:
 
 
 def image() -> str:
-    """The hosted image's own name of its build, as its variables have it; empty elsewhere."""
+    """The build of Kaggle's or Colab's image, from its environment variables; empty elsewhere."""
     names = {"kaggle": ("GIT_COMMIT", "BUILD_DATE"), "colab": ("COLAB_RELEASE_TAG",)}
     return " ".join(filter(None, map(os.environ.get, names.get(platform_name(), ()))))
 
 
 def provenance() -> dict[str, Any]:
-    """What a manifest says of the machine: commit, versions, platform, image, hardware, GPUs."""
+    """What a manifest records of the machine: commit, versions, platform, image, hardware, GPUs."""
     return {
         "commit": commit(),
         "versions": versions(),
@@ -91,10 +94,10 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def session_deadline(config: Any) -> float | None:
-    """Unix time, ten minutes before the session ends, by which work has to be saved; None: never.
+def session_deadline(config: Config) -> float | None:
+    """Unix time by which work has to be saved, ten minutes before the session ends; None: never.
 
-    A hosted session begins with its first process, any other with this one. Prints the deadline.
+    A hosted session starts with its first process, any other with this one. Prints the deadline.
     """
     hours = config.run.session_hours or (12 if platform_name() == "kaggle" else None)
     if hours is None:
@@ -108,15 +111,15 @@ def session_deadline(config: Any) -> float | None:
     # A first process older than a session can be cannot be the session's own.
     deadline = next((t + length for t in reversed(begun) if t + length > time.time()), None)
     deadline = deadline or begun[0] + length
-    print(f"This session: work is saved by {time.ctime(deadline)} (run.session_hours: {hours:g}).")
+    print(f"Work is saved by {time.ctime(deadline)} (run.session_hours: {hours:g}).")
     return deadline
 
 
 def secret(name: str) -> str | None:
-    """A secret from the environment, Kaggle or Colab; None, the normal case, if there is none."""
+    """A secret from the environment, Kaggle or Colab; None if it is not set."""
     if os.environ.get(name) or NESTED in os.environ:
         return os.environ.get(name) or None
-    # Each platform raises its own zoo of exceptions for "absent"; none of them is our failure.
+    # Each platform has its own exceptions for an absent secret, and an absent one is no error here.
     with contextlib.suppress(Exception):
         if platform_name() == "kaggle":
             from kaggle_secrets import UserSecretsClient
@@ -129,12 +132,8 @@ def secret(name: str) -> str | None:
     return None
 
 
-def start(config: Any, out: Path) -> None:
-    """Print the stamp of a notebook: what runs, on which versions, where the results go."""
-    for name in ("HF_TOKEN", "WANDB_API_KEY"):  # for huggingface_hub, and pages run by this one
-        os.environ |= {name: value} if (value := secret(name)) else {}
-    if config.label:
-        print(config.label)
-    where = platform_name()
-    print(f"config digest {config.digest()} · commit {commit()} · {where} · results in {out}")
-    print(" · ".join(f"{name} {version}" for name, version in versions().items()))
+def export_secrets() -> None:
+    """Put the tokens into the environment, for huggingface_hub and for child processes."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        if value := secret(name):
+            os.environ[name] = value

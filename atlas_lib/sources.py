@@ -1,40 +1,121 @@
-"""A configured name -> a local folder or file, or a hub id at a revision: the only resolver."""
+"""A configured name -> a local file or folder, or a hub id at a revision: the only resolver.
+
+`embedded:` names stand for the tiny model and its data, which `fetch` builds on first use.
+"""
 
 import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 from atlas_lib.bootstrap import ROOT
+from atlas_lib.schema import Config
+
+EMBEDDED = "embedded:"
+NAMED = ("data.dataset", "model.base", "model.tokenizer", "model.instruct", "model.adapter")
+NAMED += ("eval.prompts",)  # the keys whose values name a source
 
 
-def locate(name: str) -> str:
-    """The absolute path of a file or folder below the repository, any other name unchanged."""
-    return str(ROOT / name) if (ROOT / name).exists() else name
+def locate(name: str) -> Path | None:
+    """The local file or folder that `name` stands for, in the checkout or in the working folder."""
+    found = (path.resolve() for path in (ROOT / name, Path(name)) if path.exists())
+    return next(found, None)
 
 
-@functools.cache  # what it gave once is in the cache: a hiccup later must not lose a run
+def fetch(
+    name: str,
+    revision: str | None,
+    config: Config,
+    kind: Literal["model", "tokenizer", "dataset"] = "model",
+) -> tuple[str, str | None]:
+    """(local path, None), or (hub id, revision) after asking the hub whether it has it.
+
+    Builds what an `embedded:` name stands for if it is absent; the weights of `embedded:base` take
+    about half a minute of pretraining, its tokenizer alone does not. Raises ValueError,
+    FileNotFoundError or ConnectionError.
+    """
+    if name.startswith(EMBEDDED):
+        from atlas_lib.standin import tiny_model
+
+        part = "tokenizer" if kind == "tokenizer" else name.removeprefix(EMBEDDED)
+        return str(tiny_model.build(part, config)), None
+    if path := locate(name):
+        return str(path), None
+    if name.endswith(".jsonl"):
+        raise FileNotFoundError(f"{name} does not exist; give an existing .jsonl or a hub id.")
+    check_hub(name, revision, "dataset" if kind == "dataset" else "model")
+    return name, revision
+
+
+def contents(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What identifies the local sources among configured `values`; a hub id has its revision."""
+    found: dict[str, Any] = {}
+    for name in filter(None, (values.get(key) for key in NAMED)):
+        found |= content(name, config)
+    return found
+
+
+def content(name: str, config: Config) -> dict[str, Any]:
+    """What decides the content of a local source, by key; {} for a hub id."""
+    if name.startswith(EMBEDDED):
+        from atlas_lib.standin import tiny_model
+
+        return tiny_model.made_from(name.removeprefix(EMBEDDED), config)
+    path = locate(name)
+    if path is None:
+        return {}
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(path)} {sha256(file)}\n".encode())
+    return {f"content of {name}": found.hexdigest()[:12]}
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, computed once per process for a file that has not changed."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.cache
+def _sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name can only be a hub id: neither embedded nor a local path."""
+    return not name.startswith(EMBEDDED) and locate(name) is None
+
+
+def taught_types(config: Config) -> set[str]:
+    """Instruction types that the training data teaches, where that is known: the tiny model's."""
+    return set(config.offline.taught) if config.data.dataset.startswith(EMBEDDED) else set()
+
+
+@functools.cache  # a repository that was there once is cached: a later outage must not lose a run
 def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
     """Ask the hub for `repo` before anything long starts. Raises ConnectionError or ValueError."""
     from huggingface_hub import HfApi, constants, errors
 
-    if constants.HF_HUB_OFFLINE:  # the user says that everything is cached; the loader will tell
+    if constants.HF_HUB_OFFLINE:  # everything is said to be cached; the loader reports what is not
         return
     try:
         HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=5)
     except errors.HFValidationError:
         raise ValueError(f"{repo} is neither a hub id nor an existing file or folder.") from None
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code == 429 or error.response.status_code >= 500:
+    except Exception as error:
+        response = getattr(error, "response", None)
+        status = 503 if response is None else response.status_code
+        if status == 429 or status >= 500:
             raise ConnectionError(
-                f"The Hugging Face hub answers {error.response.status_code}; try again in a while, "
-                "or run without a hub: OVERLAY=offline (`make run`)."
+                f"The Hugging Face hub, which has {kind} {repo}, cannot be reached "
+                f"({type(error).__name__}, {status}); try again later, set HF_HUB_OFFLINE=1 if it "
+                "is cached, or run without a hub: OVERLAY=offline (`make run`)."
             ) from None
         raise ValueError(
             f"The hub does not give {kind} {repo} at {revision or 'main'} "
             f"({type(error).__name__}); check the name, the revision and, for a private or gated "
             "repository, HF_TOKEN."
-        ) from None
-    except Exception as error:
-        raise ConnectionError(
-            f"The Hugging Face hub, which has {kind} {repo}, cannot be reached "
-            f"({type(error).__name__}); connect, set HF_HUB_OFFLINE=1 if it is cached, or run "
-            "without a hub: OVERLAY=offline (`make run`)."
         ) from None

@@ -1,26 +1,23 @@
-"""The chat template's loss mask: the patch, and two ways to tell which tokens are supervised.
+"""Which tokens the loss sees: the chat template with markers, and a mask that needs none.
 
-python -m atlas_lib.template audit CONFIG [--overlay X]
+`patch_chat_template_for_assistant_mask` marks the assistant's tokens in the template.
+`assistant_spans` and `mask_of_spans` find the same tokens without markers, for the audit.
 """
 
-import argparse
 import hashlib
 import importlib.util
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from atlas_lib import session
-from atlas_lib.config import load_config, parse_assignments
-
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 END_OF_TURN = "<|im_end|>"
 
-# Qwen2.5's template, edited by structure: (what is looked for, pattern, replacement), each found
-# exactly once. The loss must see what the model has to emit after "<|im_start|>assistant\n":
+# Edits of Qwen2.5's template: (what is looked for, pattern, replacement), each must match exactly
+# once. The loss must see what the model has to emit after "<|im_start|>assistant\n":
 # the content (or the tool calls) and <|im_end|>, not the newline before, not the newline after.
 _EDITS = (
     (
@@ -71,9 +68,7 @@ def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
     """
     template = tokenizer.chat_template
     if not isinstance(template, str):
-        raise ValueError(
-            "The tokenizer has no single chat template; set model.chat_template: qwen2_5."
-        )
+        raise ValueError("The tokenizer has no chat template; set model.chat_template: qwen2_5.")
     if _MARKER.search(template):
         return False
     for sought, pattern, replacement in _EDITS:
@@ -81,7 +76,7 @@ def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
         if count != 1:
             raise ValueError(
                 f"Not Qwen2.5's chat template: {sought} was found {count} times instead of once; "
-                "set model.chat_template: qwen2_5, or bring a template that has {% generation %}."
+                "set model.chat_template: qwen2_5, or use a template that has {% generation %}."
             )
     tokenizer.chat_template = template
     return True
@@ -97,8 +92,8 @@ def mask_of_spans(
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Mask (n_tokens,) bool and token range of each span, from offsets (n_tokens, 2) in characters.
 
-    A token counts if it overlaps a span. So a token that straddles the newline before an answer
-    is supervised: it carries the first characters, which would go unlearned without it.
+    A token counts if it overlaps a span. A token that holds both the newline before a response and
+    its first characters is therefore supervised.
     """
     mask, turns = np.zeros(len(offsets), dtype=bool), []
     for start, end in spans:
@@ -109,8 +104,8 @@ def mask_of_spans(
     return mask, turns
 
 
-def labels_of(input_ids: Any, mask: Any, max_length: int) -> list[int]:
-    """What the trainer's loss sees: ids where `mask`, IGNORED elsewhere, cut to `max_length`."""
+def labels_of(input_ids: Sequence[int], mask: Sequence[bool], max_length: int) -> list[int]:
+    """The labels of the loss: ids where `mask`, IGNORED elsewhere, truncated to `max_length`."""
     return np.where(mask, input_ids, IGNORED)[:max_length].tolist()
 
 
@@ -119,25 +114,7 @@ def labels_sha256(input_ids: list[int], labels: list[int]) -> str:
     return hashlib.sha256(np.asarray([input_ids, labels], dtype=np.int32).tobytes()).hexdigest()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Audit the loss mask without a notebook.")
-    parser.add_argument("command", choices=["audit"])
-    parser.add_argument("config")
-    parser.add_argument("--overlay", default="")
-    parser.add_argument("--out", default="")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
-    from atlas_lib import audit
+if __name__ == "__main__":  # the audit's command had this name first
+    import runpy
 
-    try:
-        config = load_config(args.config, args.overlay, parse_assignments(args.set))
-        folder = audit.prepare(config, session.output_folder(args.out, args.config, args.overlay))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    print(json.dumps({k: v for k, v in summary.items() if k != "length_histogram"}, indent=1))
-    raise SystemExit(f"error: {summary['errors'][0]}" if summary["rows_failed"] else 0)
-
-
-if __name__ == "__main__":
-    main()
+    runpy.run_module("atlas_lib.audit", run_name="__main__")

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import yaml
 
+WORDS = Path(__file__).with_suffix(".yaml")
 SPLITS = ("conversations", "prompts", "dev")  # their topics share no word
 
 
 @functools.cache
 def words() -> dict:
     """The topics, sentence patterns and phrasings of corpus.yaml."""
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(WORDS.read_text(encoding="utf-8"))
 
 
 @dataclass

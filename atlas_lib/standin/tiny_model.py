@@ -1,7 +1,7 @@
-"""The embedded stand-in for the hub: a tiny Qwen2 base, its tokenizer, and three data sets.
+"""The tiny model of the offline overlay, its tokenizer and its data: local folders, built by name.
 
-It shows that the machinery works and says nothing about Qwen. Everything is built on the spot, once
-a digest, and then loaded by path through the same calls that load the real things from the hub.
+A Qwen2 of half a million parameters that shows that the code works and says nothing about Qwen.
+Every part is built once and then loaded by path, through the same calls as files from the hub.
 """
 
 import hashlib
@@ -9,78 +9,88 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from atlas_lib import progress, template
+from atlas_lib.schema import Config
 from atlas_lib.standin import corpus
 
-PREFIX = "embedded:"
-NAMES = ("base", "tokenizer", "ultrachat", "ifeval", "dev")
 STOP, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # in Qwen's order of ids
-# How Qwen2 cuts text before BPE merges (Qwen/Qwen2.5-0.5B, tokenizer.json, pre_tokenizer).
+# How Qwen2 splits text before BPE merges (Qwen/Qwen2.5-0.5B, tokenizer.json, pre_tokenizer).
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+TEXT_KEYS = ("corpus_seed", "taught", "n_texts", "vocab_size")
+# Part -> the keys of the section `offline` that decide it; the base also depends on `seed`.
+PARTS = {
+    "ultrachat": ("corpus_seed", "taught", "n_conversations"),
+    "ifeval": ("corpus_seed", "taught", "n_prompts_per_type"),
+    "dev": ("corpus_seed", "taught", "n_dev_prompts_per_type"),
+    "tokenizer": TEXT_KEYS,
+    "base": (
+        *TEXT_KEYS, "texts_per_document", "hidden_size", "num_layers", "pretrain_steps",
+        "pretrain_batch", "pretrain_length", "pretrain_learning_rate",
+    ),
+}  # fmt: skip
 
 
-def resolve(name: str, config) -> str:
-    """The local path of an `embedded:` name, built first if absent; any other name unchanged.
+def made_from(part: str, config: Config) -> dict[str, Any]:
+    """All that decides a part: its configuration keys and this code. Raises ValueError."""
+    if part not in PARTS:
+        known = ", ".join(f"embedded:{name}" for name in PARTS)
+        raise ValueError(f"'embedded:{part}' does not exist; there are {known}.")
+    values = {f"offline.{key}": getattr(config.offline, key) for key in PARTS[part]}
+    values |= {"seed": config.seed} if part == "base" else {}
+    code = hashlib.sha256()
+    for source in (Path(__file__), Path(corpus.__file__), corpus.WORDS):
+        code.update(source.read_bytes())
+    return values | {"content of the tiny model's code": code.hexdigest()[:12]}
 
-    Raises ValueError for an unknown embedded name.
+
+def build(part: str, config: Config) -> Path:
+    """The folder of a part in the user's cache, built if absent; the base takes half a minute.
+
+    A folder appears complete or not at all, even if two processes build it or one is killed.
     """
-    if not name.startswith(PREFIX):
-        return name
-    part = name.removeprefix(PREFIX)
-    if part not in NAMES:
-        known = ", ".join(PREFIX + known for known in NAMES)
-        raise ValueError(f"{name!r} is not part of the offline stand-in; it has {known}.")
-    return str(folder(config) / part)
-
-
-def digest(config) -> str:
-    """12 hex digits over all that decides the stand-in: parameters, seed and sources."""
-    parameters = {"seed": config.seed, **vars(config.offline)}
-    sources = (Path(__file__), Path(corpus.__file__), Path(corpus.__file__).with_suffix(".yaml"))
-    found = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
-    for source in sources:
-        found.update(source.read_bytes())
-    return found.hexdigest()[:12]
-
-
-def folder(config) -> Path:
-    """The stand-in's folder. It appears whole or not at all, even if two build or one is killed."""
     import platformdirs
 
-    target = Path(platformdirs.user_cache_dir("atlas")) / f"standin-{digest(config)}"
+    text = json.dumps(made_from(part, config), sort_keys=True)
+    name = f"tiny-{part}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    target = Path(platformdirs.user_cache_dir("atlas")) / name
     if target.is_dir():
         return target
-    print(f"Building the stand-in in {target} ({config.label})", flush=True)
+    print(f"Building embedded:{part} in {target}", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".standin-", dir=target.parent) as scratch:
-        build(Path(scratch) / "standin", config)
+    with tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
+        _write(part, Path(scratch) / part, config)
         try:
-            (Path(scratch) / "standin").rename(target)
+            (Path(scratch) / part).rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was first: its copy is as good
+            if not target.is_dir():  # otherwise another process was first, with an equal copy
                 raise
     return target
 
 
-def build(target: Path, config) -> None:
-    """Write all five parts below target."""
+def _write(part: str, target: Path, config: Config) -> None:
     options = config.offline
-    seed, taught = options.corpus_seed, list(options.taught)
-    conversations = corpus.conversations(seed, options.n_conversations, taught)
-    write_dataset(target / "ultrachat", "train_sft", conversations, config.label)
-    counts = {"prompts": options.n_prompts_per_type, "dev": options.n_dev_prompts_per_type}
-    for name, split in {"ifeval": "prompts", "dev": "dev"}.items():
-        rows = corpus.prompts(seed, split, *counts[split], taught)
-        write_dataset(target / name, "train", rows, config.label)
-    texts = corpus.plain_text(seed, options.n_texts, taught)
-    tokenizer = train_tokenizer(texts, options.vocab_size)
-    for name in ("tokenizer", "base"):  # as on the hub, the weights have a tokenizer of their own
-        tokenizer.save_pretrained(target / name)
-    pretrain(tokenizer, texts, config).save_pretrained(target / "base")
+    seed, taught = options.corpus_seed, options.taught
+    prompts = {
+        "ifeval": ("prompts", *options.n_prompts_per_type),
+        "dev": ("dev", *options.n_dev_prompts_per_type),
+    }
+    if part == "ultrachat":
+        rows = corpus.conversations(seed, options.n_conversations, taught)
+        write_dataset(target, "train_sft", rows, config.label)
+    elif part in prompts:
+        rows = corpus.prompts(seed, *prompts[part], taught)
+        write_dataset(target, "train", rows, config.label)
+    else:
+        texts = corpus.plain_text(seed, options.n_texts, taught)
+        tokenizer = train_tokenizer(texts, options.vocab_size)
+        tokenizer.save_pretrained(target)  # as on the hub, the weights have one of their own
+        if part == "base":
+            pretrain(tokenizer, texts, config).save_pretrained(target)
 
 
 def write_dataset(target: Path, split: str, rows: list[dict], label: str) -> None:
@@ -89,7 +99,7 @@ def write_dataset(target: Path, split: str, rows: list[dict], label: str) -> Non
     shipped = [{k: v for k, v in row.items() if k not in ("answer", "turns")} for row in rows]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shipped)
     (target / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    # `datasets` caches a local folder by its name and this config_name, never by what is in it.
+    # `datasets` caches a local folder by its name and this config_name, never by its content.
     config_name = hashlib.sha256(lines.encode()).hexdigest()[:12]
     data_files = [{"split": split, "path": f"{split}.jsonl"}]
     card = json.dumps({"configs": [{"config_name": config_name, "data_files": data_files}]})
