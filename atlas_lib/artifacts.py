@@ -19,8 +19,8 @@ from atlas_lib.schema import Config
 MANIFEST, MANIFEST_FORMAT = "manifest.json", 2
 KAGGLE_INPUT = session.KAGGLE / "input"
 # Arguments of SFTConfig that decide no result.
-WITHOUT_EFFECT = {f"train.{name}" for name in ("report_to", "run_name", "output_dir", "log_level")}
-WITHOUT_EFFECT |= {f"train.{name}" for name in ("disable_tqdm", "logging_dir", "push_to_hub")}
+WITHOUT_EFFECT = {"train.report_to", "train.run_name", "train.output_dir", "train.disable_tqdm"}
+WITHOUT_EFFECT |= {"train.dataloader_num_workers"}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
-"""Bring a notebook's packages: standard library only, before the first heavy import."""
+"""Install what Kaggle's and Colab's images lack: standard library only, before any heavy import."""
 
-import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -17,11 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this is one
 # A checkout has configs/ and notebooks/ beside the package; an installed wheel contains them.
 FILES = ROOT if (ROOT / "configs").is_dir() else ROOT / "atlas_lib" / "share"
 CONFIGS, NOTEBOOKS = FILES / "configs", FILES / "notebooks"
-UNTOUCHABLE = ("torch", "numpy")  # an upgrade inside Kaggle's or Colab's image breaks the rest
-
-
-# Read by Hugging Face's libraries when they are imported: progress bars would stay in the page as
-# dead widgets, and TRL reports its use unless told not to.
+UNTOUCHABLE = ("torch", "numpy")  # upgrading them inside a hosted image breaks other packages
+# Hugging Face's libraries read these when they are imported. Progress bars would stay in the
+# notebook as dead widgets, and TRL sends telemetry unless told not to.
 ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -31,7 +28,7 @@ ENVIRONMENT = {
 
 
 def platform_name() -> str:
-    """Either "kaggle", "colab" or "local". Kaggle first: it sets Colab's variables too."""
+    """One of "kaggle", "colab" and "local". Kaggle first: its image sets Colab's variables too."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -56,63 +53,54 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
+def installed(package: str) -> str | None:
+    """The version on disk, or None."""
+    try:
+        return importlib.metadata.version(package.partition("[")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def missing() -> list[str]:
     """Requirements that are absent or older than their floor, as pip spells them."""
+    versions = {package: (floor, installed(package)) for package, floor in floors().items()}
+    return [
+        f"{package}>={floor}"
+        for package, (floor, version) in versions.items()
+        if version is None or numbers(version) < numbers(floor)
+    ]
 
-    wanted = []
-    for package, floor in floors().items():
-        try:
-            installed = importlib.metadata.version(package.split("[")[0])
-            old = numbers(installed) < numbers(floor)
-        except importlib.metadata.PackageNotFoundError:
-            old = True
-        if old:
-            wanted.append(f"{package}>={floor}")
-    return wanted
+
+def ensure() -> None:
+    """Install what is missing on Kaggle and Colab; RuntimeError elsewhere, with what to do."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    hosted, wanted = platform_name() != "local", missing()
+    if hosted:
+        remove_old_torchao()
+    blocked = [each for each in wanted if each.split(">=")[0] in UNTOUCHABLE]
+    if wanted and (blocked or not hosted):
+        raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
+    if wanted:
+        install(wanted)
+    refuse_old_modules()
 
 
 def remove_old_torchao() -> None:
-    """Uninstall a torchao below 0.16, as hosted images bring it: peft refuses to work beside it."""
-    try:
-        version = importlib.metadata.version("torchao")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if numbers(version) < (0, 16):
+    """Uninstall the torchao < 0.16 of hosted images: peft >= 0.19 raises if it finds one."""
+    version = installed("torchao")
+    if version and numbers(version) < (0, 16):
         pip = [sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torchao"]
         subprocess.run(pip, check=True)
         print(f"Removed torchao {version}: peft needs 0.16 or none.")
 
 
-def ensure() -> None:
-    """Install what is missing on Kaggle and Colab; elsewhere say how. Raises RuntimeError."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", message="IProgress not found")  # from the imports to come
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    hosted = platform_name() != "local"
-    if hosted:
-        remove_old_torchao()
-    started, wanted = time.monotonic(), missing()
-    if wanted:
-        bring(wanted, hosted)
-    else:
-        print(f"Packages: nothing is missing ({time.monotonic() - started:.1f} s).")
-    refuse_old_modules()
-
-
-def bring(wanted: list[str], hosted: bool) -> None:
-    """Install what is wanted, unless this machine is its user's own. Raises RuntimeError."""
-    blocked = [w for w in wanted if w.split(">=")[0] in UNTOUCHABLE]
-    if not hosted or blocked:
-        raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
+def install(wanted: list[str]) -> None:
+    """pip install, with the versions of `held` unchanged. Raises RuntimeError with pip's error."""
     started = time.monotonic()
     print(f"Installing {', '.join(wanted)} ...", end=" ", flush=True)
-    install(wanted)
-    print(f"done in {time.monotonic() - started:.0f} s.")
-
-
-def install(wanted: list[str]) -> None:
-    """pip install; what `held` names stays as it is. Raises RuntimeError with pip's last line."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(held()))
         constraints.flush()
@@ -120,35 +108,33 @@ def install(wanted: list[str]) -> None:
         pip = [sys.executable, "-m", "pip", "install", *options, *wanted]
         done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
         raise RuntimeError(
-            f"pip cannot install {', '.join(wanted)} (it says: {said}); is the internet switched "
-            "on? Kaggle: Settings > Internet."
+            f"pip cannot install {', '.join(wanted)} ({reason}); is the internet switched on? "
+            "Kaggle: Settings > Internet."
         )
     importlib.invalidate_caches()
+    print(f"done in {time.monotonic() - started:.0f} s.")
 
 
 def held() -> list[str]:
-    """torch, numpy and what this torch pins (CUDA's libraries, triton), at their versions."""
+    """torch, numpy and what this torch pins (CUDA libraries, triton), at their versions."""
     lines = importlib.metadata.requires("torch") or []
     pinned = [re.match(r"[\w.-]+", line)[0] for line in lines if "==" in line.partition(";")[0]]
-    found = []
-    for package in (*UNTOUCHABLE, *pinned):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package}=={importlib.metadata.version(package)}")
-    return found
+    versions = {package: installed(package) for package in (*UNTOUCHABLE, *pinned)}
+    return [f"{package}=={version}" for package, version in versions.items() if version]
 
 
 def refuse_old_modules() -> None:
-    """Raise RuntimeError if a package is another version in memory than on disk: they would mix."""
+    """Raise RuntimeError if a package in memory is older than on disk: the two would mix."""
     stale = []
     for package in floors():
         name = package.partition("[")[0]
         loaded = getattr(sys.modules.get(name), "__version__", None)
-        if loaded and numbers(loaded) != numbers(importlib.metadata.version(name)):
+        if loaded and numbers(loaded) != numbers(installed(name)):
             stale.append(f"{name} {loaded}")
     if stale:
         raise RuntimeError(
-            f"{', '.join(stale)} had been imported before a newer one was installed: restart the "
-            "session and run all cells (what was installed stays)."
+            f"{', '.join(stale)} had been imported before a newer version was installed: restart "
+            "the session and run all cells (what was installed stays)."
         )

@@ -21,33 +21,36 @@ MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_
 
 def load_config(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
     """The config `name`, with `overlay` and then dotted `overrides` on top. Raises ValueError."""
-    given = parse_overrides(overrides)
-    layers = [_read_layer("base"), *_recipe_layers(name), overlay_layer(overlay, given)]
-    merged: dict = {}
-    for layer in layers:
+    given, merged = parse_overrides(overrides), {}
+    for layer in (_read_layer("base"), *_recipe_layers(name), overlay_layer(overlay, given)):
         _merge(merged, layer)
     if flatten(merged).get("train.hub_token"):
         raise ValueError("train.hub_token would leave a secret in files; set HF_TOKEN instead.")
     try:
+        if isinstance(merged.get("train"), dict):
+            merged["train"] |= _check_other_arguments(merged["train"])
         config = Config.model_validate(merged)
-        check_train(config.train.model_extra)
     except ValidationError as error:
         raise ValueError(first_problem(error)) from None
     config.parameters.update(CONFIG=name, OVERLAY=overlay, SET=given)
     return config
 
 
-def check_train(extra: dict[str, Any]) -> None:
-    """Keys of SFTConfig that the schema does not name. Raises ValidationError. Imports trl."""
-    if extra:
-        from trl import SFTConfig
+def _check_other_arguments(train: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `train` that the schema does not name, as SFTConfig types them; imports trl.
 
-        hints, fields = get_type_hints(SFTConfig), dataclasses.fields(SFTConfig)
-        kinds = {field.name: (hints[field.name], None) for field in fields}
-        train = create_model("TrainArguments", __base__=Section, **kinds)
-        create_model("Arguments", __base__=Section, train=(train, ...)).model_validate(
-            {"train": extra}
-        )
+    Raises ValidationError.
+    """
+    others = {key: value for key, value in train.items() if key not in Train.model_fields}
+    if not others:
+        return {}
+    from trl import SFTConfig
+
+    hints, fields = get_type_hints(SFTConfig), dataclasses.fields(SFTConfig)
+    kinds = {field.name: (hints[field.name], None) for field in fields}
+    arguments = create_model("Arguments", __base__=Section, **kinds)
+    layer = create_model("Layer", __base__=Section, train=(arguments, ...))
+    return layer.model_validate({"train": others}).train.model_dump(exclude_unset=True)
 
 
 def overlay_layer(overlay: str, overrides: dict[str, Any]) -> dict:

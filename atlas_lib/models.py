@@ -65,8 +65,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single tokens."""
     vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would return the unknown token
     ids = [vocabulary.get(token) for token in (END_OF_TURN, END_OF_TEXT)]
-    known = ids == QWEN_STOP_IDS or len(tokenizer) != QWEN_VOCABULARY
-    if None in ids or not known:
+    if None in ids or (len(tokenizer) == QWEN_VOCABULARY and ids != QWEN_STOP_IDS):
         raise ValueError(
             f"The tokenizer has {ids} as ids of {END_OF_TURN} and {END_OF_TEXT}; it needs both, "
             f"and Qwen2.5's are {QWEN_STOP_IDS}. Name a tokenizer that writes ChatML."

@@ -85,7 +85,7 @@ class Audit(Section):
 
 
 class Train(Section):
-    """Arguments of TRL's SFTConfig; unset ones have its defaults. `config` checks other keys."""
+    """Arguments of TRL's SFTConfig; other keys are checked when they are loaded."""
 
     model_config = ConfigDict(extra="allow")
 

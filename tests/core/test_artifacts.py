@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, sources
 from atlas_lib.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +54,9 @@ def test_a_finished_stage_is_described_and_intact(config, tmp_path):
     manifest = artifacts.check(folder, config)
     assert folder == tmp_path / FIRST
     assert manifest["stage"] == FIRST
-    assert manifest["config_digest"] == config.digest(FIRST)
+    assert manifest["digest"] == artifacts.config_digest(config, FIRST)
     assert manifest["outputs"].keys() == {"rows.jsonl", "deep/card.json"}
-    assert manifest["outputs"]["rows.jsonl"] == artifacts.sha256(folder / "rows.jsonl")
+    assert manifest["outputs"]["rows.jsonl"] == sources.sha256(folder / "rows.jsonl")
     assert manifest["inputs"] == {}
     assert {"commit", "versions", "platform", "hardware"} <= manifest.keys()
     assert not list(tmp_path.rglob("*.part"))
@@ -66,7 +66,7 @@ def test_inputs_are_recorded_by_what_they_made(config, tmp_path):
     first = finish(FIRST, config, tmp_path)
     second = finish(SECOND, config, tmp_path, inputs=[first])
     manifest = artifacts.check(second, config, {FIRST: first})
-    assert manifest["inputs"] == {FIRST: artifacts.fingerprint(first)}
+    assert manifest["inputs"] == {FIRST: artifacts.result_digest(first)}
     again = finish(FIRST, config, tmp_path)  # the same files from another commit are the same
     path = again / artifacts.MANIFEST
     path.write_text(path.read_text("utf-8").replace('"commit": "', '"commit": "other-'), "utf-8")
@@ -92,8 +92,8 @@ def test_a_kill_in_the_middle_leaves_no_manifest(config, tmp_path):
     finish(FIRST, config, tmp_path)
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from atlas_lib import artifacts, config\n"
-        "with artifacts.stage(sys.argv[1], config.load('sft_qwen05b'), Path(sys.argv[2])) as f:\n"
+        "from atlas_lib import artifacts\nfrom atlas_lib.config import load_config\n"
+        "with artifacts.stage(sys.argv[1], load_config('sft_qwen05b'), Path(sys.argv[2])) as f:\n"
         "    artifacts.write_json(f / 'first.json', {})\n"
         "    print('inside', flush=True)\n"
         "    time.sleep(60)\n"
@@ -200,15 +200,33 @@ def test_an_upstream_that_was_never_read_is_named(config, tmp_path):
     assert f"another {FIRST}" in refusal(second, config, {FIRST: first})
 
 
-def test_an_adapter_trained_anew_in_the_same_place_is_another_one(tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"first")
-    config = load_config("sft_qwen05b", "", {"model.adapter": str(adapter)})
-    folder = finish("04_ifeval_eval", config, tmp_path)
-    artifacts.check(folder, config)
-    (adapter / "adapter_model.safetensors").write_bytes(b"second")
-    assert f"content of {adapter}" in refusal(folder, config)
+@pytest.mark.parametrize(
+    ("key", "file", "stage"),
+    [
+        ("model.adapter", "adapter_model.safetensors", "04_ifeval_eval"),
+        ("model.adapter", "adapter_config.json", "04_ifeval_eval"),
+        ("model.base", "model.safetensors", "03_sft_train"),
+        ("model.tokenizer", "tokenizer.json", "02_template_audit"),
+        ("data.dataset", "data/train_sft.parquet", "01_data_prep"),
+        ("eval.prompts", "prompts.json", "04_ifeval_eval"),
+    ],
+)
+def test_other_content_in_the_same_place_is_another_source(key, file, stage, tmp_path):
+    folder = tmp_path / "source"
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_bytes(b"first")
+    config = load_config("sft_qwen05b", "", {key: str(folder)})
+    finished = finish(stage, config, tmp_path)
+    artifacts.check(finished, config)
+    (folder / file).write_bytes(b"second")
+    assert f"content of {folder}" in refusal(finished, config)
+
+
+def test_a_result_of_an_older_version_is_refused(config, tmp_path):
+    folder = finish(FIRST, config, tmp_path)
+    old = {"stage": FIRST, "relevant": {}, "inputs": {}, "outputs": {}}
+    (folder / artifacts.MANIFEST).write_text(json.dumps(old), "utf-8")
+    assert "another version of Atlas" in refusal(folder, config)
 
 
 # --- find and require -----------------------------------------------------------------------------
@@ -329,6 +347,6 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 
 def test_the_hash_is_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert artifacts.sha256(tmp_path / "file") == (
+    assert sources.sha256(tmp_path / "file") == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )

@@ -70,7 +70,7 @@ def test_this_environment_lacks_nothing():
 def test_a_machine_that_has_all_is_left_alone(machine):
     done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Packages: nothing is missing (")
+    assert done.stdout == ""
     assert asked_of_pip(machine) == []
 
 
@@ -222,7 +222,7 @@ def test_telemetry_and_progress_bars_are_off_before_anything_is_imported(machine
     done = start(
         machine, "bootstrap.ensure(); import os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])"
     )
-    assert done.stdout.endswith("\n1\n")
+    assert done.stdout == "1\n"
 
 
 @pytest.mark.parametrize(("version", "removed"), [("0.10.0", True), ("0.16.0", False)])

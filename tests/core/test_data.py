@@ -54,7 +54,7 @@ def configured(source: Path, rows: list | None, n_samples: int, n_validation: in
 
 def refusal(config, kind: type[Exception] = ValueError) -> str:
     with pytest.raises(kind, match=r"\A[^\n]+\.\Z") as caught:
-        data.load_slice(config)
+        data.load_subset(config)
     return str(caught.value)
 
 
@@ -64,24 +64,24 @@ def refusal(config, kind: type[Exception] = ValueError) -> str:
 @pytest.mark.parametrize("seed", [42, 7])
 def test_validation_is_what_comes_after_the_slice_in_the_same_shuffle(seed, source):
     rows = numbered(30)
-    train, validation = data.load_slice(configured(source, rows, 20, 5, seed))
+    train, validation = data.load_subset(configured(source, rows, 20, 5, seed))
     shuffled = datasets.Dataset.from_list(rows).shuffle(seed=seed)["messages"]
     assert train["messages"] == shuffled[:20]
     assert validation["messages"] == shuffled[20:25]
 
 
 def test_the_validation_rows_do_not_change_the_training_rows(source):
-    few, many = (data.load_slice(configured(source, numbered(30), 20, n))[0] for n in (1, 10))
+    few, many = (data.load_subset(configured(source, numbered(30), 20, n))[0] for n in (1, 10))
     assert few["messages"] == many["messages"]
 
 
 def test_only_messages_are_kept(source):
-    train, validation = data.load_slice(configured(source, numbered(6), 4, 2))
+    train, validation = data.load_subset(configured(source, numbered(6), 4, 2))
     assert train.column_names == validation.column_names == ["messages"]
 
 
 def test_all_rows_may_be_used(source):
-    train, validation = data.load_slice(configured(source, numbered(6), 4, 2))
+    train, validation = data.load_subset(configured(source, numbered(6), 4, 2))
     assert (len(train), len(validation)) == (4, 2)
 
 
@@ -111,8 +111,8 @@ BAD = {
     "two systems": ({"messages": [SYSTEM, SYSTEM, USER, ANSWER]}, "system turn after"),
     "system later": ({"messages": [USER, ANSWER, SYSTEM, USER, ANSWER]}, "system turn after"),
     "user last": ({"messages": [USER, ANSWER, USER]}, "last turn"),
-    "no user": ({"messages": [SYSTEM, ANSWER]}, "answers nobody"),
-    "answer first": ({"messages": [ANSWER, USER, ANSWER]}, "answers nobody"),
+    "no user": ({"messages": [SYSTEM, ANSWER]}, "without a user turn"),
+    "answer first": ({"messages": [ANSWER, USER, ANSWER]}, "without a user turn"),
     "system only": ({"messages": [SYSTEM]}, "last turn"),
     "a text": ({"messages": "hello"}, "messages"),
     "texts": ({"messages": ["hello", "there"]}, "turn 0"),
@@ -177,7 +177,7 @@ def test_a_file_without_messages_is_named(source):
 def test_nothing_is_written_for_bad_data(source, tmp_path):
     config = configured(source, [*numbered(5), {"messages": []}], 4, 2)
     with pytest.raises(ValueError, match="empty or missing"):
-        data.prepare(config, tmp_path / "out")
+        data.prepare_subset(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -186,21 +186,21 @@ def test_nothing_is_written_for_bad_data(source, tmp_path):
 
 def test_the_prepared_stage_reads_back_as_it_was_loaded(source, tmp_path):
     config = configured(source, numbered(30), 20, 5)
-    folder = data.prepare(config, tmp_path / "out")
-    train, validation = data.load_slice(config)
+    folder = data.prepare_subset(config, tmp_path / "out")
+    train, validation = data.load_subset(config)
     assert folder == tmp_path / "out" / "01_data_prep"
     assert {path.name for path in folder.iterdir()} == {
         "train.jsonl", "val.jsonl", "card.json", "manifest.json",
     }  # fmt: skip
-    assert data.read(folder) == data.read(folder, "train") == train["messages"][:]
-    assert data.read(folder, "validation") == validation["messages"][:]
+    assert data.read_subset(folder) == data.read_subset(folder, "train") == train["messages"][:]
+    assert data.read_subset(folder, "validation") == validation["messages"][:]
     manifest = artifacts.check(folder, config)
     assert manifest["outputs"].keys() == {"train.jsonl", "val.jsonl", "card.json"}
 
 
 def test_the_same_slice_is_the_same_bytes(source, tmp_path):
     config = configured(source, numbered(30), 20, 5)
-    files = [data.prepare(config, tmp_path / out) / "train.jsonl" for out in ("a", "b")]
+    files = [data.prepare_subset(config, tmp_path / out) / "train.jsonl" for out in ("a", "b")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -208,13 +208,13 @@ def test_any_text_survives_the_hand_over(source, tmp_path):
     """Web text holds U+2028 and U+0085, at which Python breaks lines and JSON does not."""
     odd = "one\u2028two\u2029three\x85four\x0cfive\r\nsix\tseven \N{GRINNING FACE} <|im_end|>"
     rows = [{"messages": [USER, {"role": "assistant", "content": odd}]}] * 6
-    folder = data.prepare(configured(source, rows, 4, 2), tmp_path / "out")
-    assert {chat[1]["content"] for chat in data.read(folder)} == {odd}
+    folder = data.prepare_subset(configured(source, rows, 4, 2), tmp_path / "out")
+    assert {chat[1]["content"] for chat in data.read_subset(folder)} == {odd}
 
 
 def test_the_card_counts_what_is_there(source, tmp_path):
     rows = [{"messages": [SYSTEM, USER, ANSWER]}] * 3 + [{"messages": [USER, ANSWER] * 2}] * 3
-    folder = data.prepare(configured(source, rows, 5, 1), tmp_path / "out")
+    folder = data.prepare_subset(configured(source, rows, 5, 1), tmp_path / "out")
     card = json.loads((folder / "card.json").read_text("utf-8"))
     both = [card["train"], card["validation"]]
     assert card["dataset"] == str(source)

@@ -15,7 +15,7 @@ import loopback
 import psutil
 import pytest
 
-from atlas_lib import bootstrap, devices, progress, session
+from atlas_lib import artifacts, bootstrap, devices, notebooks, progress, session, stages
 from atlas_lib.config import load_config
 from atlas_lib.train import tracking
 
@@ -84,14 +84,14 @@ def test_out_is_made_and_left_empty(tmp_path):
 
 
 def test_the_default_out_names_config_and_overlay(tmp_path, monkeypatch):
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(session, "ROOT", tmp_path)
     (tmp_path / "Makefile").touch()
     assert session.output_folder("", "recipe") == tmp_path / "runs" / "recipe"
     assert session.output_folder("", "recipe", "over") == tmp_path / "runs" / "recipe-over"
 
 
 def test_an_installed_library_writes_below_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path / "site-packages")
+    monkeypatch.setattr(session, "ROOT", tmp_path / "site-packages")
     monkeypatch.chdir(tmp_path)
     assert session.output_folder("", "recipe") == tmp_path / "runs" / "recipe"
 
@@ -123,7 +123,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "x"]):
         subprocess.run(["git", "-C", str(folder), *command], check=True)
-    monkeypatch.setattr(bootstrap, "ROOT", folder)
+    monkeypatch.setattr(session, "ROOT", folder)
     return folder
 
 
@@ -140,7 +140,7 @@ def test_a_changed_checkout_is_dirty(name, repository):
 
 
 def test_outside_git_the_commit_is_unknown_or_given(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(session, "ROOT", tmp_path)
     assert session.commit() == "unknown"
     monkeypatch.setenv("ATLAS_COMMIT", "abc123")
     assert session.commit() == "abc123"
@@ -152,7 +152,7 @@ def test_a_package_from_git_is_the_commit_that_pip_noted(tmp_path, monkeypatch):
     (note / "METADATA").write_text("Metadata-Version: 2.1\nName: atlas-sft\nVersion: 0.1\n")
     origin = {"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}}
     (note / "direct_url.json").write_text(json.dumps(origin))
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(session, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert session.commit() == "0123456789ab"
 
@@ -501,20 +501,28 @@ def test_a_kaggle_session_ends_after_twelve_hours(hours_ago, left, on_kaggle, mo
 # --- the stamp ------------------------------------------------------------------------------------
 
 
-def test_the_stamp_says_what_runs_and_no_secret(monkeypatch, tmp_path, capfd):
-    config = load_config("sft_qwen05b", "offline")
+def test_the_stamp_identifies_the_run_and_shows_no_secret(monkeypatch, tmp_path, capfd):
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, CANARY)
-    session.start(config, tmp_path)
+    config, out = notebooks.start("01_data_prep", "sft_qwen05b", "offline", str(tmp_path), {})
+    assert out == tmp_path
     shown = "".join(capfd.readouterr())
     assert CANARY not in shown
-    for part in (config.label, config.digest(), session.commit(), "local", str(tmp_path), "trl "):
+    digest = artifacts.config_digest(config, "01_data_prep")
+    for part in (config.label, digest, session.commit(), "local", str(tmp_path), "trl "):
         assert part in shown
 
 
-def test_kaggles_token_reaches_the_hubs_library(on_kaggle, config, monkeypatch, tmp_path, capfd):
+def test_each_stage_shows_the_digest_of_its_own(tmp_path, capsys):
+    for stage in stages.STAGES:
+        notebooks.start(stage, "sft_qwen05b", "offline", str(tmp_path), {})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "configuration" in line]
+    assert len({line.split()[1] for line in lines}) == 4
+
+
+def test_kaggles_token_reaches_the_hubs_library(on_kaggle, monkeypatch, capfd):
     kaggle_secrets(monkeypatch, lambda name: CANARY)
-    session.start(config, tmp_path)
+    session.export_secrets()
     assert os.environ["HF_TOKEN"] == CANARY
     assert CANARY not in "".join(capfd.readouterr())
 
@@ -552,7 +560,7 @@ def test_hidden_gpus_are_not_counted(chosen, count, monkeypatch):
     assert devices.gpu_count() == count
 
 
-def test_a_page_inside_another_takes_secrets_from_the_environment_only(on_kaggle, monkeypatch):
+def test_a_nested_notebook_takes_secrets_from_the_environment_only(on_kaggle, monkeypatch):
     class UserSecretsClient:
         def get_secret(self, name):
             return CANARY

@@ -9,7 +9,7 @@ import pytest
 from chat_cases import CALL, CHAT, chats, supervised_text
 from hypothesis import given, settings
 
-from atlas_lib import artifacts, audit, data, models, template
+from atlas_lib import artifacts, audit, data, models, stages, template
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +205,9 @@ def test_a_doubled_special_token_is_found(pair, tiny_config):
 def audited(pair, tiny_config, tmp_path):
     """(source folder, audit folder, rows as a trainer would hold them) of three conversations."""
     chats = [CHAT, CHAT[1:3], CHAT[3:]]
-    with artifacts.stage(data.STAGE, tiny_config, tmp_path) as source:
+    with artifacts.stage(stages.DATA_PREP, tiny_config, tmp_path) as source:
         artifacts.write_jsonl(source / "train.jsonl", ({"messages": chat} for chat in chats))
-    with artifacts.stage(audit.STAGE, tiny_config, tmp_path, [source]) as folder:
+    with artifacts.stage(stages.TEMPLATE_AUDIT, tiny_config, tmp_path, [source]) as folder:
         audit.write_audit(folder, audit.audit_rows(*pair, chats, tiny_config), tiny_config)
     rows = []
     for chat in chats:
@@ -247,38 +247,38 @@ def test_a_trainer_whose_labels_differ_is_refused(audited, fault):
 
 def test_a_trainer_that_lost_a_row_is_refused(audited):
     _, folder, rows = audited
-    with pytest.raises(ValueError, match=r"has 2 rows, the audit predicts 3"):
+    with pytest.raises(ValueError, match=r"2 rows in the trainer, 3 in the audit"):
         audit.check_trainer(rows[:2], folder)
 
 
 def test_the_gate_lets_a_passed_audit_through(audited, tiny_config, tmp_path):
     source, folder, _ = audited
-    assert audit.require_passed(tiny_config, tmp_path, source) == folder
+    assert audit.require_passed_audit(tiny_config, tmp_path, source) == folder
 
 
 def test_the_gate_refuses_a_failed_audit(audited, tiny_config, tmp_path):
     source, _, _ = audited
-    with artifacts.stage(audit.STAGE, tiny_config, tmp_path, [source]) as folder:
+    with artifacts.stage(stages.TEMPLATE_AUDIT, tiny_config, tmp_path, [source]) as folder:
         artifacts.write_json(
             folder / "summary.json",
             {"rows": 3, "rows_failed": 1, "errors": ["row 2: planted"]},
         )
     with pytest.raises(ValueError, match=r"failed on 1 of 3 rows \(row 2: planted\)"):
-        audit.require_passed(tiny_config, tmp_path, source)
+        audit.require_passed_audit(tiny_config, tmp_path, source)
 
 
 def test_the_gate_refuses_a_stale_audit(audited, tiny_config, tmp_path):
     source, _, _ = audited
-    with artifacts.stage(data.STAGE, tiny_config, tmp_path):
+    with artifacts.stage(stages.DATA_PREP, tiny_config, tmp_path):
         artifacts.write_jsonl(source / "train.jsonl", [{"messages": CHAT[:3]}])
     with pytest.raises(ValueError, match="made from another 01_data_prep"):
-        audit.require_passed(tiny_config, tmp_path, source)
+        audit.require_passed_audit(tiny_config, tmp_path, source)
 
 
 def test_summary_counts_add_up(audited):
     _, folder, _ = audited
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    rows = artifacts.read_jsonl(folder / audit.ROWS)
+    rows = artifacts.read_jsonl(folder / audit.AUDIT_ROWS)
     assert summary["rows"] == summary["rows_ok"] == len(rows) == 3
     assert summary["n_tokens"] == sum(row["n_tokens"] for row in rows)
     assert sum(summary["length_histogram"]["counts"]) == 3
@@ -313,7 +313,7 @@ def test_another_vocabulary_is_refused(offline_config, trained_tokenizer, tmp_pa
     local = offline_config.model.model_copy(update={"base": str(tmp_path / "base")})
     config = offline_config.model_copy(update={"model": local})
     assert models.check_vocabulary(trained_tokenizer, config) == (
-        models.vocabulary_sha256(trained_tokenizer)
+        models._vocabulary_sha256(trained_tokenizer)
     )
     trained_tokenizer = copy.deepcopy(trained_tokenizer)
     trained_tokenizer.add_tokens(["<new>"])
