@@ -17,20 +17,31 @@ if TYPE_CHECKING:
     from IPython.display import DisplayHandle
     from matplotlib.figure import Figure
 
+STAMP = "atlas"  # in the metadata of an output: digest, commit, platform, out, parameters
+
 
 def start(
     name: str, config_name: str, overlay: str, out: str, overrides: dict | str
 ) -> tuple[Config, Path]:
-    """The configuration and OUT of a notebook; prints the label, digest, commit and versions."""
+    """The configuration and OUT of a notebook, whose identity is displayed, with its versions.
+
+    The output's metadata holds the same as a mapping, STAMP, for the tools that read notebooks.
+    """
+    from IPython.display import display
+
     config = load_config(config_name, overlay, overrides)
     folder = session.output_folder(out, config_name, overlay)
     session.export_secrets()
-    stage = name if name in stages.STAGES else stages.IFEVAL_EVAL
-    digest = artifacts.config_digest(config, stage)
-    if config.label:
-        print(config.label)
-    print(f"configuration {digest} · commit {session.commit()} · {platform_name()} · OUT {folder}")
-    print(" · ".join(f"{package} {number}" for package, number in session.versions().items()))
+    stamp = {
+        "digest": artifacts.config_digest(config, *[name] * (name in stages.STAGES)),
+        "commit": session.commit(),
+        "platform": platform_name(),
+        "out": str(folder),
+    }
+    versions = " · ".join(f"{package} {each}" for package, each in session.versions().items())
+    lines = [config.label, " · ".join(f"{key} {each}" for key, each in stamp.items()), versions]
+    text = {"text/plain": "\n".join(filter(None, lines))}
+    display(text, raw=True, metadata={STAMP: stamp | {"parameters": config.parameters}})
     return config, folder
 
 
