@@ -3,7 +3,6 @@
 python -m atlas_lib.audit sft_qwen05b --overlay offline     # notebook 02 without the notebook
 """
 
-import argparse
 import json
 import re
 import sys
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import artifacts, data, models, session, stages, template
-from atlas_lib.config import load_config, parse_assignments
+from atlas_lib.config import load_config, parse_assignments, parse_command
 from atlas_lib.schema import Config
 
 AUDIT_ROWS = "sft_template_audit.jsonl"
@@ -229,12 +228,8 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Audit the loss mask without a notebook.")
-    parser.add_argument("words", nargs="+", metavar="CONFIG", help="a recipe, or: audit RECIPE")
-    parser.add_argument("--overlay", default="")
-    parser.add_argument("--out", default="")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
+    about = "Audit the loss mask without a notebook."
+    args = parse_command(about, "words", nargs="+", metavar="CONFIG")  # also: audit CONFIG
     name = args.words[-1]
     try:
         config = load_config(name, args.overlay, parse_assignments(args.set))

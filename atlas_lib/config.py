@@ -63,15 +63,11 @@ def overlay_layer(overlay: str, overrides: dict[str, Any]) -> dict:
     return merged
 
 
-def available_configs() -> list[str]:
-    """Names of the layers above base: recipes for CONFIG and overlays."""
-    return sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
-
-
 def _read_layer(name: str) -> dict:
     path = CONFIGS / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"Unknown config {name!r}; there are: {', '.join(available_configs())}.")
+        known = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
+        raise ValueError(f"Unknown config {name!r}; there are: {', '.join(known)}.")
     return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
 
 
@@ -160,12 +156,18 @@ def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:
     return keys
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print a resolved configuration and its digest.")
-    parser.add_argument("config")
+def parse_command(description: str, positional: str, **options: Any) -> argparse.Namespace:
+    """The arguments of a command that takes a config, an overlay, --set and OUT."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(positional, **options)
     parser.add_argument("--overlay", default="")
+    parser.add_argument("--out", default="")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_command("Print a resolved configuration and its digest.", "config")
     try:
         config = load_config(args.config, args.overlay, parse_assignments(args.set))
         digest = artifacts.config_digest(config)

@@ -1,4 +1,4 @@
-"""The measures of the code: sizes, import layers, cycles, function lengths; `python tests/helpers/house.py`."""
+"""Measures of the code: sizes, import layers, cycles; `python tests/helpers/house.py`."""
 
 import ast
 import statistics
