@@ -1,4 +1,4 @@
-"""The tiny model on disk: loaded like hub files, complete or absent, decided by its keys and code."""
+"""The tiny model on disk: loaded like hub files, complete or absent, known by its keys and code."""
 
 import json
 import os
