@@ -111,7 +111,7 @@ assert text == before, "the patch changed the rendered text"
 
 # %%
 print("stop ids", models.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
-print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer, config)[:16])
+print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer, config), "tokens")
 
 # %% [markdown]
 # ## One conversation in colour
@@ -120,23 +120,27 @@ print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer,
 
 # %%
 import html
+from itertools import groupby
 
 
-def as_html(row: dict) -> HTML:
-    """The first tokens of an audit row, the supervised ones in bold on green."""
-    style, marked = "background:#b7e4c7;color:#000", []
-    for token, supervised in zip(row["decoded_head"], row["assistant_mask_head"], strict=True):
-        token = html.escape(token)
-        marked.append(f'<b style="{style}">{token}</b>' if supervised else token)
-    return HTML(f'<pre style="white-space:pre-wrap">{"".join(marked)}</pre>')
+def as_html(ids: list[int], mask: list[int]) -> HTML:
+    """The tokens as text, the supervised ones in bold on green."""
+    style, parts = "background:#b7e4c7;color:#000", []
+    for supervised, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        text = html.escape(tokenizer.decode([token for token, _ in run]))
+        parts.append(f'<b style="{style}">{text}</b>' if supervised else text)
+    return HTML(f'<pre style="white-space:pre-wrap">{"".join(parts)}</pre>')
 
 
+# %%
 several = [chat for chat in conversations if sum(m["role"] == "assistant" for m in chat) > 1]
 example = min(several or conversations, key=lambda chat: len(str(chat)))
-as_html(next(audit.audit_rows(tokenizer, original, [example], config)))
+options = {"return_dict": True, "return_assistant_tokens_mask": True}
+tokens = tokenizer.apply_chat_template(example, **options)
+as_html(tokens["input_ids"], tokens["assistant_masks"])
 
 # %% [markdown]
-# Every complete green run starts with the first token of a response and ends with `<|im_end|>`.
+# Every green run starts with the first token of a response and ends with `<|im_end|>`.
 # Without the end, the model would never learn to stop; with one token more at the start, it would
 # learn a newline that the prompt already contains at inference time.
 #
