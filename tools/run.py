@@ -9,12 +9,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from atlas_lib import artifacts, devices, notebooks, session
-from atlas_lib.config import STAGES, load_config, parse_assignments
+from atlas_lib.config import load_config, parse_assignments
+from atlas_lib.schema import Config
+from atlas_lib.stages import STAGES
 
-GPU_STAGES = {"03_sft_train", "04_ifeval_eval"}
 RESULTS = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         overrides = parse_assignments(args.set)
         config = load_config(args.config, args.overlay, overrides)
         out = session.output_folder(args.out, args.config, args.overlay)
-        if config.run.require_gpu and GPU_STAGES & set(args.stages):
+        if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
             devices.gpu_available(config)  # before anything is downloaded
         parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
         timings = {}
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def run_stage(stage: str, config: Any, out: Path, parameters: dict, force: bool) -> str:
+def run_stage(stage: str, config: Config, out: Path, parameters: dict, force: bool) -> str:
     """Execute one notebook unless its result is up to date; returns its time, or "reused"."""
     reason = "forced" if force else why_not_reused(stage, config, out)
     if not reason:
@@ -65,7 +65,7 @@ def run_stage(stage: str, config: Any, out: Path, parameters: dict, force: bool)
     return f"{time.monotonic() - started:.0f} s"
 
 
-def why_not_reused(stage: str, config: Any, out: Path) -> str | None:
+def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     """Why the stage has to run, or None if its folder matches config, inputs and files."""
     folder = out / stage
     if not (folder / artifacts.MANIFEST).is_file() or not notebooks.ran_through(stage, out):

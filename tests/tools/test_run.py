@@ -13,8 +13,8 @@ import datasets
 import nbformat
 import pytest
 
-from atlas_lib import artifacts, data
-from atlas_lib.config import STAGES, load_config
+from atlas_lib import artifacts, data, stages
+from atlas_lib.config import load_config
 from tools import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_an_out_that_is_not_writable_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     ("named", "stages"),
-    [([], list(STAGES)), ([SECOND, FIRST], [FIRST, SECOND]), ([SECOND, SECOND], [SECOND])],
+    [([], list(stages.STAGES)), ([SECOND, FIRST], [FIRST, SECOND]), ([SECOND, SECOND], [SECOND])],
 )
 def test_all_stages_run_unless_some_are_named_and_always_in_order(named, stages, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", *named])
@@ -183,7 +183,7 @@ def test_a_local_dataset_that_was_edited_runs_again(tmp_path, monkeypatch):
     source.write_text(f"{json.dumps({'messages': chat})}\n" * 3, "utf-8")
     overrides = {"data.dataset": str(source), "data.n_samples": 2, "data.n_validation": 1}
     config = load_config("sft_qwen05b", "", overrides)
-    data.prepare(config, out)
+    data.prepare_subset(config, out)
     write_executed(FIRST, out)
     assert run.why_not_reused(FIRST, config, out) is None
     source.write_text(source.read_text("utf-8").replace('"a"', '"b"'), "utf-8")
