@@ -1,4 +1,4 @@
-# Verbs only. `make run` and `make test` set themselves up; ARGS goes to the tool behind a verb:
+# Every verb installs what it needs into .venv; ARGS is passed to the tool behind it:
 #   make run ARGS="--set seed=1 --out runs/seed1"
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,16 +7,16 @@ NOTEBOOKS := $(BIN)/python -m tools.run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
   sweep publish site bench clean
 
-setup: .venv/run.stamp  ## what running needs
+setup: .venv/run.stamp  ## install what the notebooks need
 
-run: setup              ## the whole experiment on the offline stand-in, no GPU, no hub
+run: setup              ## the whole experiment with the offline overlay, without GPU or hub
 	@$(NOTEBOOKS) --overlay offline $(ARGS)
 
-run-real: setup         ## the same notebooks on SmolLM2-135M-Instruct, about 15 minutes on two cores
+run-real: setup         ## the notebooks on SmolLM2-135M-Instruct, about 15 minutes on two cores
 	@$(BIN)/python -m tools.smollm2
 	@$(NOTEBOOKS) --overlay smollm2 $(ARGS)
 
-sft-smoke: setup        ## 50 steps of the published recipe on a GPU, nothing is pushed
+sft-smoke: setup        ## 50 steps of the published recipe on a GPU, without upload
 	@$(NOTEBOOKS) 01_data_prep 02_template_audit 03_sft_train --overlay smoke $(ARGS)
 
 sft: setup              ## the published recipe on a GPU
@@ -25,13 +25,13 @@ sft: setup              ## the published recipe on a GPU
 eval: setup             ## base, SFT and Instruct on IFEval, on a GPU
 	@$(NOTEBOOKS) 04_ifeval_eval $(ARGS)
 
-test: .venv/dev.stamp   ## everything that needs only Python
+test: .venv/dev.stamp   ## all tests that need only Python
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-all: .venv/dev.stamp  ## and what needs package registries, or a PostgreSQL server
+test-all: .venv/dev.stamp  ## also tests that need package registries or a PostgreSQL server
 	@ATLAS_TEST_DOWNLOADS=1 $(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/dev.stamp   ## style of the code, style and pairing of the notebooks
+lint: .venv/dev.stamp   ## check the style of the code, and style and pairing of the notebooks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q tests/core/test_notebooks.py
@@ -41,25 +41,25 @@ notebooks: .venv/dev.stamp  ## regenerate notebooks/*.ipynb from their .py sourc
 	@$(BIN)/ruff format -q notebooks/*.py
 	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 
-kernels: .venv/dev.stamp  ## Kaggle kernels into build/kaggle; VERB=chain pushes them, and waits
+kernels: .venv/dev.stamp  ## build Kaggle kernels in build/kaggle; VERB=chain pushes and runs them
 	@$(BIN)/python -m tools.kernels $(or $(VERB),build) $(ARGS)
 
-sweep: setup            ## a parameter sweep, killed or not: SWEEP=lr_rank, a file of configs/sweeps
+sweep: setup            ## start or continue a parameter sweep: SWEEP=lr_rank, a file of configs/sweeps
 	@$(BIN)/python -m tools.sweep run $(or $(SWEEP),lr_rank_offline) $(ARGS)
 
-publish: .venv/dev.stamp  ## checked pages and metrics of a finished run into results/: RUN=folder
+publish: .venv/dev.stamp  ## check a finished run and copy it into results/: RUN=folder
 	@$(BIN)/python -m tools.publish $(or $(RUN),runs/sft_qwen05b-offline) $(ARGS)
 
-site: .venv/dev.stamp   ## the write-up as a website, from results/ into build/site
+site: .venv/dev.stamp   ## build the website in build/site from results/
 	@$(BIN)/python -m tools.website
 
-bench: .venv/dev.stamp  ## speed and memory, as ratios in one run each; JSON into results/
+bench: .venv/dev.stamp  ## measure speed and memory; JSON into results/
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json
 	@$(BIN)/python -m benchmarks.train --json results/bench_train.json
 	@$(BIN)/python -m benchmarks.eval --json results/bench_eval.json
 	@$(BIN)/python -m benchmarks.sweep --json results/bench_sweep.json
 
-clean:                  ## forget runs and builds, keep the environment
+clean:                  ## delete runs/ and build/, keep the environment
 	rm -rf runs build
 
 .venv/run.stamp: requirements.txt

@@ -92,7 +92,8 @@ def resolved(row: Row, base: str, compare_losses: bool) -> Any:
     batch, no grouping, which is another order, and no warm-up, whose first step changes nothing.
     """
     local = {"model.base": base, "model.base_revision": None, "run.require_gpu": False}
-    local |= {"model.tokenizer": str(qwen_tokenizer.fetch()), "model.tokenizer_revision": None}
+    tokenizer = str(qwen_tokenizer.tokenizer_folder())
+    local |= {"model.tokenizer": tokenizer, "model.tokenizer_revision": None}
     local |= {"train.report_to": "none", "train.logging_steps": 1} | row.changes
     if compare_losses:
         local |= {"lora.lora_dropout": 0.0, "train.warmup_steps": 0}

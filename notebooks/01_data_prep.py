@@ -12,17 +12,17 @@
 # ---
 
 # %% [markdown]
-# # Cut the training slice
+# # Select the training data
 #
-# A continuing model becomes an answering one by reading conversations. This notebook takes the few
-# thousand that Atlas trains on out of a much larger collection, checks every one of them, and
-# writes them down so that each later notebook sees exactly the same rows.
+# A pretrained model learns to respond from conversations. This notebook selects the few thousand
+# conversations that Atlas trains on from a much larger dataset, checks each of them, and writes
+# them to files, so that every later notebook reads exactly the same rows.
 #
-# **What you will see:** one conversation as it is stored; the slice in numbers; how long its
-# answers are; and the check that nothing used for validation is also used for training.
+# **What you will see:** one conversation as it is stored, the subset in numbers, the lengths of its
+# responses, and a check that validation data is not also training data.
 #
-# **In:** a collection of conversations (a hub dataset, a local `.jsonl`, or the embedded stand-in).
-# **Out:** `01_data_prep/train.jsonl`, `val.jsonl`, `card.json` and a manifest with their hashes.
+# **Input:** a dataset of conversations (from the hub, a local `.jsonl`, or the offline overlay's).
+# **Output:** `01_data_prep/train.jsonl`, `val.jsonl`, `card.json` and a manifest with their hashes.
 
 # %% tags=["parameters"]
 CONFIG = "sft_qwen05b"
@@ -31,7 +31,7 @@ OUT = ""
 SET = {}
 
 # %% [markdown]
-# The next cell finds the library, the one after it prints what this run is made of.
+# The next cell finds the library; the one after it loads the configuration and prints the versions.
 
 # %% tags=["bootstrap"]
 import importlib.util
@@ -55,7 +55,7 @@ bootstrap.ensure()
 # %%
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, data, notebooks, session
+from atlas_lib import artifacts, data, notebooks, session, stages
 from atlas_lib.config import load_config
 
 config = load_config(CONFIG, OVERLAY, SET)
@@ -64,32 +64,33 @@ session.start(config, out)
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
-# ## The smallest example: one conversation
+# ## One conversation
 #
-# Shuffle once with a fixed seed, take the first rows for training and the rows right after them
-# for validation. Only the `messages` column is kept: UltraChat's `prompt` column would make TRL
-# take the rows for prompt/completion pairs.
+# The dataset is shuffled once with a fixed seed. The first rows are for training and the rows right
+# after them for validation. Only the `messages` column is kept: with UltraChat's `prompt` column,
+# TRL would treat the rows as prompt/completion pairs.
 #
-# Loading also *checks*: each conversation is an optional system turn, then user and assistant in
-# turn, each with text (it may be empty), the assistant last. One row that breaks this stops the
-# notebook by number.
+# Loading also checks every conversation: an optional system turn, then user and assistant in turn,
+# the assistant last, each with text as content. A row that violates this stops the notebook with
+# its number.
 
 # %%
-train, validation = data.load_slice(config)
+train, validation = data.load_subset(config)
 for message in train[0]["messages"]:
     print(f"{message['role']:>9}: {message['content'][:160]!r}")
 
 # %% [markdown]
-# Each line is one turn. What the model will be graded on during training is the *assistant* lines,
-# and only those; notebook 02 proves that token by token.
+# Each line is one turn. The loss covers the *assistant* turns only, which notebook 02 verifies
+# token by token.
 #
-# ## The whole slice
+# ## The whole subset
 #
-# The recipe takes 5,000 conversations of UltraChat: several turns each, on many topics, and the
-# source from which the preference data of a later phase derives. OpenHermes is mostly single-turn,
-# Alpaca short. By the recipe's page 5,000 take a quarter of an hour on one T4, all 200,000 twelve;
-# past that a model of half a billion parameters is said to gain little. A later phase uses about as
-# many preference pairs, so that methods are compared and not amounts of data.
+# The recipe uses 5,000 conversations of UltraChat, which have several turns and many topics; the
+# preference data of a later phase derives from the same source. OpenHermes is mostly single-turn,
+# and Alpaca is short. According to the recipe's page, 5,000 conversations take a quarter of an hour
+# on one T4 and all 200,000 twelve hours, and a model of half a billion parameters gains little from
+# more. A later phase uses about as many preference pairs, so that methods are compared rather than
+# amounts of data.
 
 # %%
 import pandas as pd
@@ -99,74 +100,68 @@ descriptions["validation"] = data.describe(validation["messages"])
 pd.DataFrame(descriptions).T.rename_axis("split")
 
 # %% [markdown]
-# The two rows should look alike: same shuffle, neighbouring stretches. If the share of turns
-# differed much between them, the validation loss in notebook 03 would mean little.
+# The two rows should be similar, since both splits come from the same shuffle. If their turns
+# differed much, the validation loss in notebook 03 would not be comparable with the training loss.
 #
-# ## How long are the answers?
+# ## Lengths of the responses
 #
-# Length decides two things later: what `max_length` cuts off, and how much of each row the loss
-# sees. Characters are enough here; notebook 02 counts tokens.
+# Length determines what `max_length` truncates and which share of each row enters the loss.
+# Characters suffice here; notebook 02 counts tokens.
 
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
 
-from atlas_lib import figures
-
-answers = [
-    len(m["content"]) for chat in train["messages"] for m in chat if m["role"] == "assistant"
-]
+messages = [message for chat in train["messages"] for message in chat]
+lengths = [len(m["content"]) for m in messages if m["role"] == "assistant"]
+finding = (
+    f"Half of the {len(lengths):,} responses have at most {np.median(lengths):,.0f} characters"
+)
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-axes.hist(answers, bins=50, color="#4c72b0")
-axes.set(xlabel="characters in one answer", ylabel="answers")
-middle = f"{np.median(answers):,.0f}"
-finding = f"Half of the {len(answers):,} answers are shorter than {middle} characters"
-axes.set_title(finding)
-figures.show(figure, f"Histogram of answer lengths. {finding}; few are very long.", config.label)
+axes.hist(lengths, bins=50, color="#4c72b0")
+axes.set(title=finding, xlabel="characters in one response", ylabel="responses")
+alt = f"Histogram of the lengths of responses. {finding}; few are very long."
+notebooks.show_figure(figure, alt, config.label)
 
 # %% [markdown]
-# Read it from the right: the long tail is what truncation will cut, and an answer that is cut
-# never shows the model how to stop.
+# The long tail on the right is what truncation will cut, and a truncated response never shows the
+# model where to stop.
 #
-# ## Nothing leaks from training into validation
+# ## No leak from training into validation
 #
-# The validation rows come *after* the slice in the same shuffle, so they were never carved out of
-# it. The gate below compares the texts themselves, since a collection may hold a conversation
-# twice.
+# The splits do not overlap by construction, but a dataset may contain a conversation twice. The
+# check therefore compares the texts.
 
 # %%
-texts = {
-    name: {str(chat) for chat in rows["messages"]}
-    for name, rows in {"train": train, "validation": validation}.items()
-}
-repeated = texts["train"] & texts["validation"]
-print(f"{len(repeated)} conversations stand in both parts")
+texts = [{str(chat) for chat in split["messages"]} for split in (train, validation)]
+repeated = texts[0] & texts[1]
+print(f"{len(repeated)} conversations are in both splits")
 assert len(repeated) <= 0.01 * len(validation), "validation repeats the training data"
 
 # %% [markdown]
-# A handful may repeat by chance in a large collection; more than one in a hundred would make the
-# validation loss too good to be true.
+# A few may repeat by chance in a large dataset. If more than one in a hundred did, the validation
+# loss would be too optimistic.
 #
-# ## Write it down
+# ## Write the files
 #
-# The manifest is written last and holds the hash of every file. A later notebook that finds it
-# knows that the slice is whole; one that does not find it builds the slice again.
+# The manifest is written last and contains the hash of every file. A later notebook that finds it
+# uses these files; one that does not find it selects the data again.
 
 # %%
-with artifacts.stage(data.STAGE, config, out) as folder:
-    data.write_slice(folder, train, validation, config)
+with artifacts.stage(stages.DATA_PREP, config, out) as folder:
+    data.write_subset(folder, train, validation, config)
 
-rows = {name: len(data.read(folder, name)) for name in data.FILES}
+rows = {split: len(data.read_subset(folder, split)) for split in data.SPLIT_FILES}
 assert rows == {"train": config.data.n_samples, "validation": config.data.n_validation}
 headline.update(
     Markdown(
-        f"**{rows['train']:,} conversations to train on, {rows['validation']:,} to validate, "
+        f"**{rows['train']:,} conversations for training, {rows['validation']:,} for validation, "
         f"{len(repeated)} in both.** {config.label}"
     )
 )
 
 # %% [markdown]
-# Kaggle gives back the files of a run but not its page; there, the next line keeps it beside them.
+# Kaggle returns the files of a run but not its notebook; there, the next cell stores it with them.
 
 # %% tags=["keep"]
 notebooks.keep("01_data_prep", out)
@@ -174,10 +169,10 @@ notebooks.keep("01_data_prep", out)
 # %% [markdown]
 # ## Summary
 #
-# The slice is cut, checked and hashed, and it is the same on every machine that starts from the
-# same revision and seed.
+# The subset is selected, checked and hashed. It is the same on every machine that uses the same
+# revision and seed.
 #
-# **What did not work:** feeding the rows as they come, `prompt` column included, ends in a
-# `KeyError: 'completion'` inside TRL.
+# **What did not work:** passing the rows to TRL with their `prompt` column fails with
+# `KeyError: 'completion'`.
 #
-# **Next:** [02_template_audit](02_template_audit.ipynb) shows which of these words the loss sees.
+# **Next:** [02_template_audit](02_template_audit.ipynb) shows which of these tokens enter the loss.

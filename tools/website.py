@@ -1,8 +1,9 @@
-"""Build the site in build/site from results/, site/ and experiments/; nothing is run for it.
+"""Build the website in build/site from results/, site/ and experiments/, without running anything.
 
 python -m tools.website
 """
 
+import base64
 import json
 import shutil
 import sys
@@ -15,81 +16,80 @@ import nbformat
 
 from atlas_lib import bootstrap
 
-ROOT, SOURCE, TARGET = bootstrap.ROOT, Path("build/site-source"), Path("build/site")
-FOLDED = {"parameters", "injected-parameters", "bootstrap"}  # no part of the story
+RESULTS = bootstrap.ROOT / "results"
+SET_UP = {"parameters", "injected-parameters", "bootstrap", "stamp"}  # tags of folded cells
 
 
 def main() -> None:
-    if not (ROOT / "results" / "run.json").is_file():
-        sys.exit("error: results/ holds no published run; type make publish RUN=<folder> first.")
-    from sphinx.cmd.build import main as sphinx_build
+    if not (RESULTS / "run.json").is_file():
+        sys.exit("error: results/ has no published run; run `make publish RUN=<folder>` first.")
+    from sphinx.cmd.build import main as build_sphinx
 
-    source = ROOT / SOURCE
+    source, target = bootstrap.ROOT / "build/site-source", bootstrap.ROOT / "build/site"
+    for folder in (source, target):
+        shutil.rmtree(folder, ignore_errors=True)
     assemble(source)
-    target = str(ROOT / TARGET)
-    shutil.rmtree(target, ignore_errors=True)  # a page that is gone must not stay
-    if status := sphinx_build(
-        ["-q", "-W", "--keep-going", "-n", "-b", "html", str(source), target]
-    ):
+    options = ["-q", "-W", "--keep-going", "-n", "-b", "html"]
+    if status := build_sphinx([*options, str(source), str(target)]):
         sys.exit(status)
-    print(f"{TARGET / 'index.html'} is built")
+    print("build/site/index.html is built")
 
 
 def assemble(source: Path) -> None:
-    """Sphinx's input: the pages of site/ filled with the results, experiments, notebooks."""
-    shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree(ROOT / "site", source)
-    shutil.copytree(ROOT / "experiments", source / "experiments")
-    shutil.copy(ROOT / "results" / "config.yaml", source)
-    pages = sorted((ROOT / "results" / "notebooks").glob("*.ipynb"))
-    (source / "notebooks").mkdir()
-    for page in pages:
-        nbformat.write(
-            for_sphinx(nbformat.read(page, as_version=4)), source / "notebooks" / page.name
-        )
-    values = published() | {"pages": [page.stem for page in pages]}
-    forest = nbformat.read(ROOT / "results" / "notebooks" / "04_ifeval_eval.ipynb", as_version=4)
-    values["forest"] = first_figure(forest, source / "static" / "forest.png")
-    for template in sorted(source.glob("*.jinja")):
-        text = template.read_text("utf-8")
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-        template.with_suffix("").write_text(environment.from_string(text).render(values), "utf-8")
-        template.unlink()
+    """Write Sphinx's input: the pages of site/ filled with results, experiments, notebooks."""
+    shutil.copytree(bootstrap.ROOT / "site", source)
+    shutil.copytree(bootstrap.ROOT / "experiments", source / "experiments")
+    shutil.copytree(RESULTS / "notebooks", source / "notebooks")
+    shutil.copy(RESULTS / "config.yaml", source)
+    for path in (source / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        annotate(notebook)
+        nbformat.write(notebook, path)
+    values = template_values()
+    values["forest"] = extract_forest(source / "static" / "forest.png")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    for path in source.glob("*.jinja"):
+        template = environment.from_string(path.read_text("utf-8"))
+        path.with_suffix("").write_text(template.render(values), "utf-8")
+        path.unlink()
 
 
-def published() -> dict[str, Any]:
-    """What the pages say of the published run."""
-    run = json.loads((ROOT / "results" / "run.json").read_bytes())
-    metrics = json.loads((ROOT / "results" / "metrics.json").read_bytes())
-    its = [row for row in metrics if all(row[k] == run[k] for k in ("commit", "config_digest"))]
-    audit = json.loads((ROOT / "results" / "sft_template_audit_summary.json").read_bytes())
-    references = json.loads((ROOT / "configs" / "published.json").read_bytes())
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
-    primary = next(row for row in run["comparisons"] if row["role"] == "primary")
-    names = {"run": run, "metrics": its, "audit": audit, "references": references["rows"]}
-    return names | {"primary": primary, "repository": urls["Repository"]}
+def template_values() -> dict[str, Any]:
+    """The variables of the templates in site/: the published run, and the repository's URL."""
+    run, rows, audit = (
+        json.loads((RESULTS / name).read_bytes())
+        for name in ("run.json", "metrics.json", "sft_template_audit_summary.json")
+    )
+    same = {"commit", "digest", "config_digest"} & run.keys()  # what names a run, now and formerly
+    project = tomllib.loads((bootstrap.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return {
+        "run": run,
+        "metrics": [
+            {"eos_rate": row.get("stop_rate")} | row  # its name in rows published before
+            for row in rows
+            if all(row.get(key) == run[key] for key in same)
+        ],
+        "audit": audit,
+        "primary": next(row for row in run["comparisons"] if row["role"] == "primary"),
+        "repository": project["urls"]["Repository"],
+        "notebooks": sorted(path.stem for path in (RESULTS / "notebooks").glob("*.ipynb")),
+    }
 
 
-def for_sphinx(page: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Give MyST-NB what it looks for: alternative texts of figures, which code to fold."""
-    for cell in (cell for cell in page.cells if cell.cell_type == "code"):
-        tags = cell.metadata.setdefault("tags", [])
-        tags.append("hide-input")
-        options = {"code_prompt_show": "Show code", "code_prompt_hide": "Hide code"}
+def annotate(notebook: nbformat.NotebookNode) -> None:
+    """Add the metadata that MyST-NB reads: alternative texts of figures, and what to fold."""
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        if SET_UP & set(cell.metadata.get("tags", [])):
+            cell.metadata["tags"].append("hide-input")
         for output in cell.outputs:
             if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-                options["image"] = {"alt": alt}
-        if FOLDED & set(tags):
-            options |= {"code_prompt_show": "Show the set-up"}
-        cell.metadata["mystnb"] = options
-    return page
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}
 
 
-def first_figure(page: nbformat.NotebookNode, path: Path) -> str:
-    """Write the first figure of a page to `path`; returns its alternative text."""
-    import base64
-
-    outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
+def extract_forest(path: Path) -> str:
+    """Write the forest plot of notebook 04 to `path`; returns its alternative text."""
+    notebook = nbformat.read(RESULTS / "notebooks" / "04_ifeval_eval.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     figure = next(output for output in outputs if "image/png" in output.get("data", {}))
     path.write_bytes(base64.b64decode(figure.data["image/png"]))
     return figure.metadata["image/png"]["alt"]

@@ -1,4 +1,4 @@
-// What scrolls sideways must be reachable by keyboard.
+// Make boxes that scroll sideways reachable by keyboard.
 function reachable() {
   for (const box of document.querySelectorAll("pre, .table-wrapper, .cell_output, .math-wrapper")) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;

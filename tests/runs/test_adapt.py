@@ -49,10 +49,10 @@ def test_another_model_and_a_local_jsonl(trained_tokenizer, tmp_path):
     places = {name: str(tmp_path / name) for name in ("models/mine", "chats.jsonl", "runs/mine")}
     command = [re.sub("|".join(places), lambda m: places[m[0]], part) for part in example()]
     command += [part for key, value in ON_A_CPU.items() for part in ("--set", f"{key}={value}")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     stage = tmp_path / "runs" / "mine" / "03_sft_train"
     summary = json.loads((stage / "summary.json").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""The patch and the masks on Qwen2.5's real tokenizer, fetched by `make test-all`."""
+"""The patch and the masks on Qwen2.5's real tokenizer, which `make test-all` fetches."""
 
 import copy
 
@@ -16,70 +16,58 @@ DEFAULT_SYSTEM_TURN = [
 
 
 @pytest.fixture(scope="module")
-def pair(qwen_folder):
-    """(patched real tokenizer, original template)."""
+def patched(qwen_folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(qwen_folder)
-    original = tokenizer.chat_template
+    assert tokenizer.chat_template == template.shipped_template("qwen2_5")
     assert template.patch_chat_template_for_assistant_mask(tokenizer)
-    return tokenizer, original
+    return tokenizer
 
 
-def masks(pair, chat):
-    """(template's mask, reference mask, ids, spans, offsets) of one conversation."""
-    tokenizer, original = pair
-    text = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=original)
-    out = tokenizer.apply_chat_template(
-        chat,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
+def tokenized(patched, chat):
+    """Token ids, the template's mask, the reference mask, the spans and the offsets of a chat."""
+    original = template.shipped_template("qwen2_5")
+    text = patched.apply_chat_template(chat, tokenize=False, chat_template=original)
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    options["tokenizer_kwargs"] = {"return_offsets_mapping": True}
+    out = patched.apply_chat_template(chat, **options)
     spans, offsets = template.assistant_spans(text), np.asarray(out["offset_mapping"])
     reference, _ = template.mask_of_spans(spans, offsets)
-    return np.asarray(out["assistant_masks"], bool), reference, out["input_ids"], spans, offsets
+    return out["input_ids"], np.asarray(out["assistant_masks"], bool), reference, spans, offsets
 
 
-def test_known_answers(qwen_tokenizer):
-    assert models.stop_ids(qwen_tokenizer) == [151645, 151643]
-    ids = qwen_tokenizer.apply_chat_template([{"role": "user", "content": "x"}])["input_ids"]
+def test_known_answers(patched):
+    assert models.stop_ids(patched) == [151645, 151643]
+    ids = patched.apply_chat_template([{"role": "user", "content": "x"}])["input_ids"]
     assert ids[: len(DEFAULT_SYSTEM_TURN)] == DEFAULT_SYSTEM_TURN
 
 
-def test_the_template_is_the_one_that_trl_ships(qwen_tokenizer):
-    assert qwen_tokenizer.chat_template == template.shipped_template("qwen2_5")
+def test_supervised_is_what_the_model_must_emit(patched):
+    assert supervised_text(patched, CHAT) == ["Only me.<|im_end|>", "Still me.<|im_end|>"]
 
 
-def test_supervised_is_what_the_model_must_emit(pair):
-    assert supervised_text(pair[0], CHAT) == ["Only me.<|im_end|>", "Still me.<|im_end|>"]
+def test_the_prompt_is_exactly_what_comes_before(patched):
+    prompt = patched.apply_chat_template(CHAT[:2], add_generation_prompt=True)["input_ids"]
+    ids, mask, *_ = tokenized(patched, CHAT[:3])
+    assert ids[: np.argmax(mask)] == prompt
 
 
-def test_the_prompt_is_exactly_what_comes_before(pair):
-    prompt = pair[0].apply_chat_template(CHAT[:2], add_generation_prompt=True)["input_ids"]
-    mask, _, ids, _, _ = masks(pair, CHAT[:3])
-    first = int(np.flatnonzero(mask)[0])
-    assert ids[:first] == prompt
-
-
-def test_a_straddling_token_counts_as_supervised(pair):
+def test_a_straddling_token_counts_as_supervised(patched):
     chat = [CHAT[1], {"role": "assistant", "content": "\nOn a new line."}]
-    mask, reference, _, [(start, _)], offsets = masks(pair, chat)
-    straddling = np.flatnonzero((offsets[:, 0] < start) & (offsets[:, 1] > start))
-    assert len(straddling) == 1
-    assert mask[straddling[0]]
-    assert reference[straddling[0]]
+    _, mask, reference, [(start, _)], offsets = tokenized(patched, chat)
+    [straddling] = np.flatnonzero((offsets[:, 0] < start) & (offsets[:, 1] > start))
+    assert mask[straddling] and reference[straddling]
 
 
 @settings(max_examples=500, deadline=None)
 @given(chats)
-def test_both_masks_agree(pair, chat):
-    mask, reference, *_ = masks(pair, chat)
+def test_both_masks_agree(patched, chat):
+    _, mask, reference, *_ = tokenized(patched, chat)
     assert np.array_equal(mask, reference)
 
 
-def test_other_stop_ids_under_qwens_size_are_refused(qwen_tokenizer, monkeypatch):
-    broken = copy.deepcopy(qwen_tokenizer)
+def test_other_stop_ids_under_qwens_size_are_refused(patched, monkeypatch):
     monkeypatch.setattr(models, "END_OF_TURN", "<|im_start|>")
-    with pytest.raises(ValueError, match="another tokenizer"):
-        models.stop_ids(broken)
+    with pytest.raises(ValueError, match=r"Qwen2\.5's are \[151645, 151643\]"):
+        models.stop_ids(copy.deepcopy(patched))

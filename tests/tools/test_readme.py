@@ -1,7 +1,8 @@
-"""README and the pages of text tell the truth: figures, verbs and paths are those that exist."""
+"""README and the other texts: their figures, commands, links and paths exist."""
 
 import json
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import publish
+from tools import publish, website
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -18,7 +19,7 @@ PROSE = [
     *sorted((ROOT / "experiments").glob("*.md")),
     *sorted((ROOT / "site").glob("*.md*")),
 ]
-# A decimal, a percentage, a number with thousands: what a reader would take for a result.
+# A decimal, a percentage, a number with thousands: what a reader would take to be a result.
 FIGURE = re.compile(r"(?<![\w.,:/-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/]|\.\d|,\d)")
 NO_RESULTS = (
     r"```.*?```|~~~.*?~~~",  # code, commands
@@ -29,7 +30,7 @@ NO_RESULTS = (
 
 
 def figures(text: str) -> set[str]:
-    """What stands in prose and looks like a result."""
+    """The numbers in prose that look like results."""
     for pattern in NO_RESULTS:
         text = re.sub(pattern, " ", text, flags=re.S)
     found = {match.rstrip(",") for match in FIGURE.findall(text)}
@@ -49,7 +50,7 @@ def numbers(value) -> Iterator[float]:
 
 @pytest.fixture(scope="module")
 def known() -> set[float]:
-    """Every number of results/, the cited ones of others, and the configured ones."""
+    """Every number in results/, the cited ones and the configured ones."""
     files = [*sorted((ROOT / "results").rglob("*.json")), ROOT / "configs" / "published.json"]
     found = {n for path in files for n in numbers(json.loads(path.read_text("utf-8")))}
     for path in (ROOT / "configs").glob("*.yaml"):
@@ -58,7 +59,7 @@ def known() -> set[float]:
 
 
 def unfounded(text: str, known: set[float]) -> list[str]:
-    """Figures of a text that no known number, or hundred times it, rounds to."""
+    """Figures of a text that are no rounded known number, as it is, in percent or in millions."""
     found = []
     for figure in sorted(figures(text)):
         decimals = len(figure.partition(".")[2].partition("e")[0])
@@ -80,42 +81,35 @@ def test_a_wrong_figure_is_found(wrong, known):
 
 
 def test_figures_are_told_from_names():
-    assert figures("Qwen2.5-0.5B, `0.123`, 2026-11-24 and 12 of 0.240, 5,000.") == {
-        "0.240",
-        "5,000",
-    }
-
-
-def published_rows() -> list[dict]:
-    run = json.loads((ROOT / "results" / "run.json").read_text("utf-8"))
-    metrics = json.loads((ROOT / "results" / "metrics.json").read_text("utf-8"))
-    return [row for row in metrics if all(row[k] == run[k] for k in ("commit", "config_digest"))]
+    text = "Qwen2.5-0.5B, `0.123`, 2026-11-24 and 12 of 0.240, 5,000."
+    assert figures(text) == {"0.240", "5,000"}
 
 
 def table_faults(text: str, rows: list[dict]) -> list[str]:
     """Where README's table differs from the rows of the published run."""
-    lines = [publish.table_line(row) for row in rows]
+    lines = [publish.readme_row(row) for row in rows]
     shown = re.findall(r"^\| (?:base|SFT) \|.*$", text, flags=re.M)
     return sorted(set(lines) ^ set(shown))
 
 
 def test_the_table_is_the_published_run():
-    rows = published_rows()
+    rows = website.template_values()["metrics"]
     assert rows
     assert table_faults(README, rows) == []
 
 
 def test_a_wrong_figure_in_the_table_is_found():
-    wrong = README.replace("| 0.653 |", "| 0.654 |")
-    assert wrong != README
-    assert table_faults(wrong, published_rows())
+    rows = website.template_values()["metrics"]
+    rows[-1]["prompt_level_strict_acc"] += 0.001
+    assert table_faults(README, rows)
 
 
 def test_every_published_row_names_its_clean_commit_and_run():
     metrics = json.loads((ROOT / "results" / "metrics.json").read_text("utf-8"))
     for row in metrics:
         assert re.fullmatch(r"[0-9a-f]{12}", row["commit"])
-        assert row.keys() >= {"model", "format", "config_digest", "data", "hardware", "label"}
+        assert row.keys() >= {"model", "format", "data", "hardware", "label"}
+        assert {"digest", "config_digest"} & row.keys()
 
 
 def test_every_cited_figure_has_a_source():
@@ -123,20 +117,24 @@ def test_every_cited_figure_has_a_source():
     assert all(row["source"].strip() for row in [*cited["rows"], *cited["cited"]])
 
 
-def test_the_verbs_are_in_the_makefile():
+def test_the_verbs_of_the_texts_and_of_the_makefile_are_the_same():
     makefile = (ROOT / "Makefile").read_text("utf-8")
+    verbs = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
     text = README + (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    for verb in set(re.findall(r"\bmake ([a-z-]+)", text)) - {"it"}:
-        assert re.search(rf"^{verb}:", makefile, flags=re.M), verb
+    assert set(re.findall(r"\bmake ([a-z-]+)", text)) <= verbs
+    [listed] = re.findall(r"^`make` verbs: `([^`]+)`", README, flags=re.M)
+    assert set(listed.split()) == verbs
 
 
-def test_every_file_of_the_tree_exists():
+def test_the_tree_is_the_repository():
     tree = re.search(r"## What is where\n\n```\n(.*?)```", README, flags=re.S)[1]
-    named = set(re.findall(r"\b[\w-]+\.(?:py|yaml|toml|txt|cff)\b", tree))
-    present = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
-    assert named <= present
-    modules = {path.name for path in (ROOT / "atlas_lib").glob("*.py")} - {"__init__.py"}
-    assert modules <= named, modules - named
+    tracked = subprocess.check_output(["git", "-C", str(ROOT), "ls-files"], text=True).splitlines()
+    folders = {line.partition("/")[0] for line in tracked if "/" in line and line[0] != "."}
+    rooms = {path.parent.name for path in (ROOT / "atlas_lib").glob("*/__init__.py")}
+    assert folders | rooms <= set(re.findall(r"[\w.]+(?=/)", tree))
+    files = re.findall(r"[\w.-]+\.(?:yaml|toml|txt|cff|json|md)\b|Makefile|LICENSE", tree)
+    assert set(files) <= {Path(line).name for line in tracked}
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.py")} <= set(tree.split())
 
 
 def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
@@ -155,7 +153,7 @@ def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
 def test_every_link_of_the_texts_leads_somewhere():
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PROSE):
         if path.parent.name == "site":
-            continue  # tests/test_site.py follows those
+            continue  # tests/tools/test_site.py follows those
         for link in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
             assert link.startswith("http") or (path.parent / link).exists(), (path, link)
 

@@ -1,29 +1,30 @@
-"""The built site in a real browser: phone and desktop, light and dark."""
+"""The built site: links, and every page in a real browser, on phone and desktop, light and dark."""
 
 import contextlib
 import functools
-import html.parser
 import http.server
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urljoin, urlparse
+from urllib.parse import unquote, urlparse
 
 import pytest
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE, SCREENSHOTS = ROOT / "build" / "site", ROOT / "build" / "screenshots"
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+CHROMIUM = next(filter(None, BROWSERS), None)
 in_a_browser = pytest.mark.skipif(
     not CHROMIUM or os.environ.get("ATLAS_TEST_DOWNLOADS") != "1",
-    reason="NOT TESTED: the site is looked at in a chromium of PATH by `make test-all` only",
+    reason="NOT TESTED: `make test-all` opens the site in a Chromium of PATH",
 )
+LOADED = ["stylesheet", "icon", "preload", "prefetch"]
 LOOK = """() => {
   const found = [], root = document.documentElement;
   if (root.scrollWidth > root.clientWidth) found.push("it scrolls sideways");
@@ -54,35 +55,24 @@ def site():
     return SITE
 
 
-class Page(html.parser.HTMLParser):
-    """Targets of links, places of anchors, and what a browser would load, of one HTML file."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.links, self.anchors, self.loaded = set(), set(), set()
-        self.feed(path.read_text("utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        self.anchors.add(given.get("id"))
-        if tag == "a" and given.get("href"):
-            self.links.add(given["href"])
-        loads = tag == "link" and given.get("rel") in ("stylesheet", "icon", "preload", "prefetch")
-        self.loaded |= {given.get("src"), given.get("href") if loads else None} - {None}
-
-
 def dead_links(folder: Path) -> list[str]:
-    """Links and loads of a folder of HTML that lead nowhere, and loads from elsewhere."""
-    pages = {path.as_uri(): Page(path) for path in folder.rglob("*.html")}
+    """Links and loads in a folder of HTML that lead nowhere, and loads from other hosts."""
+    paths = list(folder.rglob("*.html"))
+    pages = {path: BeautifulSoup(path.read_bytes(), "html.parser") for path in paths}
+    anchors = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
     found = []
-    for uri, page in pages.items():
-        for link in page.links | page.loaded:
-            address, anchor = urldefrag(urljoin(uri, link))
-            path, known = Path(unquote(urlparse(address).path)), pages.get(address)
-            if urlparse(address).scheme in ("http", "https", "mailto"):
-                found += [f"{uri} loads {link}"] if link in page.loaded else []
-            elif not path.is_file() or (anchor and known and unquote(anchor) not in known.anchors):
-                found.append(f"{uri} links to {link}")
+    for path, page in pages.items():
+        loads = [tag["src"] for tag in page.find_all(src=True)]
+        loads += [tag["href"] for tag in page.find_all("link", rel=LOADED)]
+        found += [f"{path} loads {load}" for load in loads if urlparse(load).netloc]
+        for link in loads + [tag["href"] for tag in page.find_all("a", href=True)]:
+            parts = urlparse(link)
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchor = unquote(parts.fragment)
+            if not parts.scheme and (
+                not target.is_file() or (anchor and anchor not in anchors.get(target, {anchor}))
+            ):
+                found.append(f"{path} links to {link}")
     return found
 
 
@@ -92,8 +82,6 @@ def test_every_internal_link_is_alive_and_nothing_loads_from_elsewhere(site):
 
 
 def test_every_page_says_what_the_published_run_is(site):
-    import json
-
     label = json.loads((ROOT / "results" / "run.json").read_bytes())["label"]
     for path in site.rglob("*.html"):
         assert label in path.read_text("utf-8"), path
@@ -103,6 +91,11 @@ def test_a_dead_link_and_a_load_from_elsewhere_are_found(tmp_path):
     (tmp_path / "a.html").write_text('<a href="b.html#x"></a><a href="c.html"></a>')
     (tmp_path / "b.html").write_text('<img src="https://example.org/x.png"><p id="y"></p>')
     assert len(dead_links(tmp_path)) == 3
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 @contextlib.contextmanager
@@ -115,11 +108,6 @@ def served(folder: Path):
         server.shutdown()
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright
@@ -130,49 +118,57 @@ def browser():
         browser.close()
 
 
-def problems(browser, address: str, names: list[str], size: str, scheme: str, pictures=None):
-    """What a browser of this size and colour scheme finds wrong with the pages."""
+def problems(browser, folder: Path, size: str, scheme: str, pictures: Path) -> list[str]:
+    """What a browser of this size and colour scheme finds wrong with the pages in `folder`."""
     width, height = SIZES[size]
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
-    )
+    viewport = {"width": width, "height": height}
+    context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
     found = []
-    for name in names:
-        page = context.new_page()
-        said: list[str] = []
-        page.on("console", lambda m, said=said: said.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error, said=said: said.append(f"script: {error}"))
-        page.on("requestfailed", lambda r, said=said: said.append(f"request failed: {r.url}"))
-        page.on(
-            "request",
-            lambda r, said=said: (
-                None if r.url.startswith((address, "data:")) else said.append(f"external: {r.url}")
-            ),
-        )
-        page.goto(address + name)
-        page.evaluate("() => window.MathJax?.startup?.promise")
-        if pictures:
-            pictures.mkdir(parents=True, exist_ok=True)
+    with served(folder) as address:
+        for path in sorted(folder.rglob("*.html")):
+            name = path.relative_to(folder).as_posix()
+            page = context.new_page()
+            logged = logged_by(page, address)
+            page.goto(address + name)
+            page.evaluate("() => window.MathJax?.startup?.promise")
             stem = name.removesuffix(".html").replace("/", "-")
             page.screenshot(path=pictures / f"{stem}-{size}-{scheme}.png", full_page=True)
-        said += page.evaluate(LOOK) + serious(page)
-        said += unreached(page) if scheme == "light" else []  # colours move nothing
-        found += [f"{name}: {what}" for what in said]
-        page.close()
+            faults = page.evaluate(LOOK) + axe_violations(page)
+            faults += unreached(page) if scheme == "light" else []  # colours change no focus
+            found += [f"{name}: {fault}" for fault in logged + faults]
+            page.close()
     context.close()
     return found
 
 
-def serious(page) -> list[str]:
+def logged_by(page, address: str) -> list[str]:
+    """A list that collects errors, failed requests and requests to other hosts than `address`."""
+    found: list[str] = []
+
+    def log_request(request) -> None:
+        if not request.url.startswith((address, "data:")):
+            found.append(f"external: {request.url}")
+
+    def log_console(message) -> None:
+        if message.type == "error":
+            found.append(message.text)
+
+    page.on("console", log_console)
+    page.on("pageerror", lambda error: found.append(f"script: {error}"))
+    page.on("requestfailed", lambda request: found.append(f"request failed: {request.url}"))
+    page.on("request", log_request)
+    return found
+
+
+def axe_violations(page) -> list[str]:
     """axe-core's serious and critical findings."""
     from axe_playwright_python.sync_playwright import Axe
 
-    violations = Axe().run(page).response["violations"]
     return [
-        f"axe {v['id']}: {node['html'][:120]}"
-        for v in violations
-        if v["impact"] in ("serious", "critical")
-        for node in v["nodes"]
+        f"axe {violation['id']}: {node['html'][:120]}"
+        for violation in Axe().run(page).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
     ]
 
 
@@ -182,9 +178,8 @@ def unreached(page) -> list[str]:
         """() => { window.reached = new Set();
         addEventListener("focusin", event => window.reached.add(event.target)); }"""
     )
-    for _ in range(50):
-        for _ in range(10):
-            page.keyboard.press("Tab")
+    for _ in range(500):
+        page.keyboard.press("Tab")
         if page.evaluate("() => document.activeElement === document.body"):
             break
     return page.evaluate(UNREACHED)
@@ -194,9 +189,7 @@ def unreached(page) -> list[str]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_page_in_a_browser(site, browser, size, scheme):
-    names = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
-    with served(site) as address:
-        assert problems(browser, address, names, size, scheme, SCREENSHOTS) == []
+    assert problems(browser, site, size, scheme, SCREENSHOTS) == []
 
 
 PLANTED = {
@@ -218,6 +211,5 @@ PLANTED = {
 def test_a_planted_fault_is_found(problem, fault, browser, tmp_path):
     head = '<!doctype html><html lang="en"><head><title>x</title></head><body><main><h1>x</h1>'
     (tmp_path / "x.html").write_text(f"{head}{fault}</main></body></html>")
-    with served(tmp_path) as address:
-        found = problems(browser, address, ["x.html"], "phone", "light")
-    assert any(problem in what for what in found), found
+    found = problems(browser, tmp_path, "phone", "light", tmp_path)
+    assert any(problem in fault for fault in found), found

