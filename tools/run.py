@@ -15,7 +15,7 @@ from atlas_lib.config import load_config, parse_assignments
 from atlas_lib.schema import Config
 from atlas_lib.stages import STAGES
 
-RESULTS = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
+LISTED = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def print_results(out: Path, timings: dict[str, str]) -> None:
     print("\ntime: " + " · ".join(f"{stage} {took}" for stage, took in timings.items()))
     if (out / "metrics.json").is_file():
         print(metrics_table(json.loads((out / "metrics.json").read_bytes())))
-    print(f"results in {out}: " + ", ".join(name for name in RESULTS if (out / name).exists()))
+    print(f"results in {out}: " + ", ".join(name for name in LISTED if (out / name).exists()))
 
 
 def metrics_table(metrics: list[dict]) -> str:

