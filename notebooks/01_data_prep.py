@@ -31,7 +31,7 @@ OUT = ""
 SET = {}
 
 # %% [markdown]
-# The next cell finds the library; the one after it loads the configuration and prints the versions.
+# The next two cells find the library and show what identifies this run.
 
 # %% tags=["bootstrap"]
 import importlib.util
@@ -40,28 +40,25 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
+places = [Path.cwd(), *Path.cwd().parents]
+places += [folder.parent for folder in Path("/kaggle/input").rglob("atlas_lib")]
+sys.path += [str(place) for place in places if (place / "atlas_lib" / "bootstrap.py").is_file()]
 if importlib.util.find_spec("atlas_lib") is None:
-    places = [Path.cwd(), *Path.cwd().parents]
-    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if not homes and subprocess.run(pip).returncode:
+    if subprocess.run(pip).returncode:
         raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
-    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
 
-# %%
+# %% tags=["setup"]
 from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, data, notebooks, session, stages
 from atlas_lib.config import load_config
 
-config = load_config(CONFIG, OVERLAY, SET)
-out = session.output_folder(OUT, CONFIG, OVERLAY)
-session.start(config, out)
-headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
+config, out = notebooks.start("01_data_prep", CONFIG, OVERLAY, OUT, SET)
+headline = notebooks.headline()
 
 # %% [markdown]
 # ## One conversation
