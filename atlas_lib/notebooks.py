@@ -23,9 +23,9 @@ STAMP = "atlas"  # in the metadata of an output: digest, commit, platform, out, 
 def start(
     name: str, config_name: str, overlay: str, out: str, overrides: dict | str
 ) -> tuple[Config, Path]:
-    """The configuration and OUT of a notebook, whose identity is displayed, with its versions.
+    """The configuration and OUT of a notebook; prints what identifies the run.
 
-    The output's metadata holds the same as a mapping, STAMP, for the tools that read notebooks.
+    The metadata of an empty output, STAMP, holds the same for the tools that read notebooks.
     """
     from IPython.display import display
 
@@ -40,8 +40,9 @@ def start(
     }
     versions = " · ".join(f"{package} {each}" for package, each in session.versions().items())
     lines = [config.label, " · ".join(f"{key} {each}" for key, each in stamp.items()), versions]
-    text = {"text/plain": "\n".join(filter(None, lines))}
-    display(text, raw=True, metadata={STAMP: stamp | {"parameters": config.parameters}})
+    print(*filter(None, lines), sep="\n")
+    metadata = {STAMP: stamp | {"parameters": config.parameters}}
+    display({"text/html": ""}, raw=True, metadata=metadata)
     return config, folder
 
 

@@ -52,10 +52,9 @@ from atlas_lib import bootstrap
 bootstrap.ensure()
 
 # %% tags=["setup"]
-from IPython.display import Markdown, display
+from IPython.display import Markdown
 
-from atlas_lib import artifacts, data, notebooks, session, stages
-from atlas_lib.config import load_config
+from atlas_lib import artifacts, data, notebooks, stages
 
 config, out = notebooks.start("01_data_prep", CONFIG, OVERLAY, OUT, SET)
 headline = notebooks.headline()

@@ -57,10 +57,9 @@ from atlas_lib import bootstrap
 bootstrap.ensure()
 
 # %% tags=["setup"]
-from IPython.display import HTML, Markdown, display
+from IPython.display import HTML, Markdown
 
-from atlas_lib import artifacts, audit, data, models, notebooks, session, stages, template
-from atlas_lib.config import load_config
+from atlas_lib import artifacts, audit, data, models, notebooks, stages, template
 
 config, out = notebooks.start("02_template_audit", CONFIG, OVERLAY, OUT, SET)
 headline = notebooks.headline()

@@ -17,7 +17,7 @@ import nbformat
 from atlas_lib import bootstrap
 
 PUBLISHED = bootstrap.ROOT / "results"
-SET_UP = {"parameters", "injected-parameters", "bootstrap", "stamp"}  # tags of folded cells
+SET_UP = {"parameters", "injected-parameters", "bootstrap", "setup"}  # tags of folded cells
 
 
 def main() -> None:
