@@ -1,4 +1,4 @@
-"""Shared fixtures: the stand-in's tokenizer without its pretraining, and a tiny offline config."""
+"""Shared fixtures: the tiny model's tokenizer without its pretraining, and a tiny offline config."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def trained_tokenizer(offline_config):
-    """A BPE with ChatML's tokens and Qwen2.5's template, trained on the stand-in's corpus."""
+    """A BPE with ChatML's tokens and Qwen2.5's template, trained on the tiny model's corpus."""
     options = offline_config.offline
     texts = corpus.plain_text(options.corpus_seed, 300, options.taught)
     return tiny_model.train_tokenizer(texts, options.vocab_size)

@@ -1,4 +1,4 @@
-"""Write the stand-in's conversations, prompts and plain text, deterministically from a seed.
+"""Write the tiny model's conversations, prompts and plain text, deterministically from a seed.
 
 The words are in corpus.yaml. Every answer is written to follow its instructions, so that it scores
 1.0 with lm-eval's IFEval checkers: a test holds that.

@@ -182,7 +182,7 @@ def pretrain(tokenizer, texts: list[str], config):
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     batches = windows(tokenizer, texts, options, config.seed)
-    for _ in progress.track(range(steps), "pretraining the stand-in"):
+    for _ in progress.track(range(steps), "pretraining the tiny model"):
         batch = next(batches)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()

@@ -378,7 +378,8 @@ def test_the_stand_in_needs_neither_gpu_nor_hub():
     config = load_config(RECIPE, "offline")
     assert not config.run.require_gpu
     assert (
-        config.label == "offline stand-in: shows that the machinery works, says nothing about Qwen"
+        config.label
+        == "offline overlay with a tiny model: shows that the code works, says nothing about Qwen"
     )
     names = (config.model.base, config.model.tokenizer, config.data.dataset, config.eval.prompts)
     assert all(name.startswith("embedded:") for name in names)
@@ -569,7 +570,7 @@ def test_our_variants_differ_from_the_recipe_in_what_they_say(name, changes):
 def test_our_variants_are_labelled_and_take_overlays(name):
     assert load_config(name).label
     assert load_config(name, "offline").data.dataset == "embedded:ultrachat"
-    assert load_config(name, "offline").label.startswith("offline stand-in")
+    assert load_config(name, "offline").label.startswith("offline overlay")
 
 
 def test_a_recipe_that_extends_nothing_known_is_named(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def lora(config, base):
 
 @pytest.fixture
 def nf4(tiny_config):
-    """The stand-in in NF4 with an untrained adapter."""
+    """The tiny model in NF4 with an untrained adapter."""
     torch.manual_seed(0)
     return lora(tiny_config, models.load_weights("base", tiny_config, CPU, in_4bit=True))
 
