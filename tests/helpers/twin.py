@@ -70,6 +70,16 @@ def get(name):
 """
 
 
+def copy_tree(folder: Path) -> Path:
+    """The files of this checkout that git tracks or would track, in a new folder."""
+    command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in run(*command).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
 @functools.cache
 def image() -> Path:
     """The base environment, in build/venvs by the hash of its list; papermill apart, see `site`."""
