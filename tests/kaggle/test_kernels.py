@@ -117,16 +117,9 @@ def environment(kaggle: stub_kaggle.Kaggle, home: Path) -> dict[str, str]:
     }
 
 
-def options(verb: str, builds: Path, tmp_path: Path) -> list[str]:
-    patience = ["--poll", "0.02", "--retries", "2"] if verb != "build" else []
-    folders = [] if verb == "quota" else ["--out-folder", str(builds)]
-    out = ["--out", str(tmp_path / "runs")] if verb in ("chain", "fetch") else []
-    return [verb, *patience, *folders, *out]
-
-
 @pytest.fixture
 def here(clone, builds, kaggle, tmp_path, monkeypatch, capsys):
-    """python -m tools.kernels ... in this process: (exit code, stdout, stderr)."""
+    """python -m tools.kernels ... in this process, which has to end with `code` and say `words`."""
     monkeypatch.setattr(HTTPAdapter, "send", HTTPAdapter.send)  # put back afterwards
     monkeypatch.setattr(leaks, "FROM_FILES", {})
     for module in (bootstrap, session):
@@ -135,21 +128,30 @@ def here(clone, builds, kaggle, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
 
-    def run(*args: str) -> tuple[int, str, str]:
-        argv = ["kernels", *options(args[0], builds, tmp_path), *args[1:]]
-        monkeypatch.setattr(sys, "argv", argv)
+    def run(*args: str, code: int = 0, words: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", command(builds, tmp_path, *args))
         with pytest.raises(SystemExit) as ended:
             kernels.main()
-        shown = capsys.readouterr()
-        return ended.value.code, shown.out, shown.err
+        out, err = capsys.readouterr()
+        assert (ended.value.code, "Traceback" in err) == (code, False), out + err
+        assert not words or words in (sentence(err) if code else out)
+        return out + err
 
     return run
 
 
+def command(builds: Path, tmp_path: Path, verb: str, *args: str) -> list[str]:
+    """The arguments, with the folders of this test and little patience."""
+    patience = ["--poll", "0.02", "--retries", "2"] if verb != "build" else []
+    folders = [] if verb == "quota" else ["--out-folder", str(builds)]
+    out = ["--out", str(tmp_path / "runs")] if verb in ("chain", "fetch") else []
+    return ["kernels", verb, *patience, *folders, *out, *args]
+
+
 def sentence(err: str) -> str:
-    """The one line that a failure ends with."""
-    assert "Traceback" not in err
-    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    """The line that a failure ends with."""
+    *_, line = err.splitlines()
+    assert "error: " in line
     return line
 
 
@@ -284,7 +286,7 @@ def output(page: dict) -> None:
 
 
 def other_letter(page: dict) -> None:
-    cell = next(c for c in page["cells"] if "payload" in c["metadata"].get("tags", []))
+    [cell] = [cell for cell in page["cells"] if cell["id"] == "payload"]
     source = cell["source"]
     cell["source"] = source[:900] + ("a" if source[900] != "a" else "b") + source[901:]
 
@@ -317,31 +319,19 @@ PUSH_GUARDS = {
 
 
 @pytest.mark.parametrize("name", PUSH_GUARDS)
-def test_a_build_that_is_not_as_it_was_is_refused_before_anything_is_sent(
-    name, builds, kaggle, here
-):
+def test_a_build_that_is_not_as_it_was_is_refused_before_any_request(name, builds, kaggle, here):
     plant, words = PUSH_GUARDS[name]
     edit(builds / FIRST, plant)
-    code, out, err = here("push", FIRST)
-    assert (code, out) == (2, "")
-    assert words in sentence(err)
+    here("push", FIRST, code=2, words=words)
+    os.truncate(builds / FIRST / "notebook.ipynb", 900)
+    here("push", FIRST, code=2, words="is not a finished build")
     assert kaggle.calls == []
 
 
-@pytest.mark.parametrize(
-    "damage", [shutil.rmtree, lambda f: os.truncate(f / "notebook.ipynb", 900)]
-)
-def test_half_a_build_is_refused(damage, builds, kaggle, here):
-    damage(builds / FIRST)
-    code, _, err = here("push", FIRST)
-    assert (code, "is not a finished build" in sentence(err)) == (2, True)
-
-
-def test_a_secret_of_the_environment_is_found_at_the_push_too(builds, kaggle, here, monkeypatch):
+def test_a_secret_of_the_environment_is_found_at_the_push_too(builds, here, monkeypatch):
     text = read(builds / FIRST, "notebook.ipynb")["cells"][0]["source"][2:20]
     monkeypatch.setenv("HF_TOKEN", text)
-    code, _, err = here("push", FIRST)
-    assert (code, "holds HF_TOKEN" in sentence(err), text in err) == (2, True, False)
+    assert text not in here("push", FIRST, code=2, words="holds HF_TOKEN")
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -420,18 +410,16 @@ def test_a_dirty_tree_may_be_built_and_says_so_and_outputs_stay_out(restored, tm
     ],
 )
 def test_a_wrong_command_is_one_sentence(args, words, kaggle, here):
-    code, out, err = here(*args)
-    assert (code, out) == (2, "")
-    assert words in err.splitlines()[-1]
+    here(*args, code=2, words=words)
     assert kaggle.calls == []
 
 
 # --- what is sent ---------------------------------------------------------------------------------
 
 
-def expected_body(stage: str, **more) -> dict:
+def expected_body(stage: str, alone: bool = False) -> dict:
     gpu = {"machineShape": "NvidiaTeslaT4"} if stage in (THIRD, FOURTH) else {}
-    needed = [bundle.kernel_id("agaonker", need) for need in STAGES[stage].needs]
+    needed = [] if alone else [bundle.kernel_id("agaonker", need) for need in STAGES[stage].needs]
     return {
         "slug": bundle.kernel_id("agaonker", stage),
         "newTitle": f"Atlas {stage.replace('_', ' ')}",
@@ -443,73 +431,56 @@ def expected_body(stage: str, **more) -> dict:
         "enableInternet": True,
         **({"kernelDataSources": needed} if needed else {}),
         **gpu,
-    } | more
+    }
 
 
-def without_text(body: dict) -> dict:
-    return {key: value for key, value in body.items() if key != "text"}
-
-
-def check_text(body: dict, built: bool = True) -> None:
+def check_body(body: dict, stage: str, alone: bool = False, built: bool = True) -> None:
     page = json.loads(body["text"])
     assert page["metadata"]["kernelspec"]["name"] == "python3"
     assert not any(cell.get("outputs") for cell in page["cells"])
-    assert sum("PACKED = " in "".join(cell["source"]) for cell in page["cells"]) == built
+    assert sum(cell["id"] == "payload" for cell in page["cells"]) == built
     assert len(body["text"]) < 1_000_000
-
-
-def cli(folder: Path, kaggle, home: Path, *args: str) -> subprocess.CompletedProcess:
-    command = [str(Path(sys.executable).parent / "kaggle"), *args]
-    env = {"PATH": os.environ["PATH"]} | environment(kaggle, home)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
-def without_sources(stage: str) -> dict:
-    body = expected_body(stage)
-    return {key: body[key] for key in body if key != "kernelDataSources"}
+    assert body == expected_body(stage, alone) | {"text": body["text"]}
 
 
 @pytest.mark.parametrize("stage", ["the checkout", *STAGES])
 def test_kaggles_own_command_pushes_a_build_and_the_checkout(
     stage, clone, builds, kaggle, tmp_path
 ):
-    folder = clone if stage == "the checkout" else builds / stage
-    done = cli(folder, kaggle, tmp_path, "kernels", "push", "-p", ".")
+    """`kaggle kernels push -p`, which the checkout's own metadata makes a push of 03 alone."""
+    built = stage in STAGES
+    cli = [Path(sys.executable).parent / "kaggle", "kernels", "push", "-p"]
+    done = subprocess.run(
+        [*cli, builds / stage if built else clone], capture_output=True, text=True,
+        env={"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path),
+    )  # fmt: skip
     assert "Kernel version 1 successfully pushed" in done.stdout
     assert len(done.stdout.splitlines()) == 1  # no warning of another slug
     [body] = kaggle.bodies("SaveKernel")
-    wanted = without_sources(THIRD) if folder == clone else expected_body(stage)
-    assert without_text(body) == wanted
-    check_text(body, built=folder != clone)
+    check_body(body, stage if built else THIRD, alone=not built, built=built)
 
 
 def test_the_chain_from_nothing(kaggle, builds, here, tmp_path):
-    code, out, err = here("chain")
-    assert (code, err) == (0, "")
-    bodies = kaggle.bodies("SaveKernel")
-    assert [without_text(body) for body in bodies] == list(map(expected_body, STAGES))
-    for body in bodies:
-        check_text(body)
-    for stage in STAGES:
+    out = here("chain")
+    for stage, body in zip(STAGES, kaggle.bodies("SaveKernel"), strict=True):
+        check_body(body, stage)
         for state in stub_kaggle.WALK:
             assert f"{stage} version 1: {state}, " in out
         assert (tmp_path / "runs" / stage / "rows.jsonl").read_text() == "{}\n"
         assert (tmp_path / "runs" / "notebooks" / f"{stage}.ipynb").is_file()
-        pushed = read(builds / stage, "pushed.json")
-        assert pushed["name"] == f"{bundle.kernel_id('agaonker', stage)}/1"
-        assert f"https://www.kaggle.com/code/{bundle.kernel_id('agaonker', stage)}" in out
+        ref = bundle.kernel_id("agaonker", stage)
+        assert read(builds / stage, "pushed.json")["name"] == f"{ref}/1"
+        assert f"https://www.kaggle.com/code/{ref}" in out
     kept = {path.name for path in (tmp_path / "runs").iterdir()}
     assert kept == {*STAGES, "notebooks", "metrics.json"}
-    assert here("chain")[0] == 0
+    here("chain")
     assert len(kaggle.bodies("SaveKernel")) == 4
 
 
 def test_alone_attaches_nothing_and_what_is_sent_is_not_read_from_the_folder(builds, kaggle, here):
     (builds / FOURTH / "kernel-metadata.json").write_text('{"id": "x/y", "title": "other"}')
-    code, out, _ = here("push", FOURTH, "--alone")
-    assert (code, "pushed as version 1" in out) == (0, True)
-    [body] = kaggle.bodies("SaveKernel")
-    assert without_text(body) == without_sources(FOURTH)
+    here("push", FOURTH, "--alone", words="pushed as version 1")
+    check_body(*kaggle.bodies("SaveKernel"), FOURTH, alone=True)
     assert kaggle.bodies("GetKernelSessionStatus") == []
 
 
@@ -579,55 +550,44 @@ PUSH_ANSWERS = {
 def test_every_answer_to_a_push_has_its_name_and_code(name, kaggle, builds, here):
     answers, code, words, times = PUSH_ANSWERS[name]
     kaggle.planted["SaveKernel"] = list(answers)
-    ended, out, err = here("push", FIRST)
-    assert (ended, "Traceback" in err) == (code, False)
-    assert words in (out if code == 0 else sentence(err))
+    assert stub_kaggle.KEY not in here("push", FIRST, code=code, words=words)
     assert len(kaggle.bodies("SaveKernel")) == times
-    assert stub_kaggle.KEY not in out + err
     assert (builds / FIRST / "pushed.json").exists() == (code == 0)
 
 
 def test_what_stays_lost_is_found_by_the_same_command_later(kaggle, here):
     kaggle.planted["SaveKernel"] = [stub_kaggle.LOST]
     kaggle.planted["GetKernel"] = [None, None] + [(503, "", {})] * 2
-    assert here("push", FIRST)[0] == 4
-    code, out, _ = here("push", FIRST)
-    assert (code, "pushed as version 1" in out) == (0, True)
+    here("push", FIRST, code=4)
+    here("push", FIRST, words="pushed as version 1")
     assert len(kaggle.bodies("SaveKernel")) == 1
 
 
 def test_a_build_that_kaggle_has_is_not_pushed_twice(kaggle, builds, here):
     for _ in range(2):
-        assert here("push", FOURTH, "--alone")[0] == 0
+        here("push", FOURTH, "--alone")
     assert len(kaggle.bodies("SaveKernel")) == 1
     kaggle.kernels["atlas-04-ifeval-eval"][0].body["kernelDataSources"] = ["bob/other"]
-    assert here("push", FOURTH, "--alone")[0] == 0
+    here("push", FOURTH, "--alone")
     edit(builds / FOURTH, lambda page: page["metadata"]["atlas"].update(id="another build"))
-    assert here("push", FOURTH, "--alone")[0] == 0
+    here("push", FOURTH, "--alone")
     assert len(kaggle.bodies("SaveKernel")) == 3
 
 
 def test_a_refused_push_forgets_no_earlier_version(kaggle, builds, here):
     walk(kaggle, "ERROR")
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     kaggle.planted["SaveKernel"] = [{"error": "quota"}]
-    assert here("push", FIRST)[0] == 3
+    here("push", FIRST, code=3)
     assert read(builds / FIRST, "pushed.json")["version"] == 1
 
 
 def test_kaggle_that_never_answers(kaggle, here, monkeypatch):
     monkeypatch.setattr(service, "ANSWER_SECONDS", 0.2)
     kaggle.planted["SaveKernel"] = [stub_kaggle.SILENT] * ALWAYS
-    code, _, err = here("push", FIRST)
-    assert code == 4
-    assert "does not answer in time" in sentence(err)
-
-
-def test_a_way_that_does_not_exist(kaggle, here, monkeypatch):
+    here("push", FIRST, code=4, words="does not answer in time")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    code, _, err = here("push", FIRST)
-    assert code == 4
-    assert "no connection" in sentence(err)
+    here("push", FIRST, code=4, words="no connection")
 
 
 # --- credentials ----------------------------------------------------------------------------------
@@ -665,10 +625,7 @@ def test_credentials(name, kaggle, here, monkeypatch):
         else:
             monkeypatch.setenv(variable, value)
     kaggle.planted["IntrospectToken"] = [introspection] * ALWAYS
-    ended, out, err = here("push", FIRST)
-    assert ended == code
-    assert words in (sentence(err) if code else out)
-    assert "canarytoken1" not in out + err
+    assert "canarytoken1" not in here("push", FIRST, code=code, words=words)
     assert bool(kaggle.bodies("SaveKernel")) == (code == 0)
     if name == "a token":
         assert kaggle.authorizations == {"Bearer canarytoken1"}
@@ -690,56 +647,41 @@ UPSTREAM = {
     "cancelled": ({"states": ["CANCEL_ACKNOWLEDGED"]}, "push it"),
     "another commit": ({"commit": "0" * 12}, "commit is 000000000000 there"),
     "another configuration": (
-        {"config_digest": "f" * 12, "digest": "f" * 12},
-        "digest is ffffffffffff there",
+        {"config_digest": "f" * 12, "digest": "f" * 12}, "digest is ffffffffffff there"
     ),
     "a damaged manifest": ({"outputs": None, "stage": None}, "does not fit"),
-}
+    "never pushed": (None, f"01_data_prep has to run first, and {REF} is ABSENT; push it."),
+    "no manifest": ({}, "left no 01_data_prep/manifest.json"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_an_upstream_that_does_not_fit_is_one_sentence(name, kaggle, builds, here):
     planted, words = UPSTREAM[name]
-    plant_first(kaggle, builds, **planted)
-    code, out, err = here("push", SECOND)
-    assert (code, out) == (2, "")
-    assert words in sentence(err)
-    assert REF in err
+    if planted is not None:
+        plant_first(kaggle, builds, **planted)
+    if name == "no manifest":
+        kaggle.kernels[SLUG][0].files = {}
+    assert REF in here("push", SECOND, code=2, words=words)
     assert kaggle.bodies("SaveKernel") == []
-
-
-def test_an_upstream_that_was_never_pushed(kaggle, here):
-    code, _, err = here("push", SECOND)
-    assert code == 2
-    assert f"01_data_prep has to run first, and {REF} is ABSENT; push it." in err
-    assert kaggle.bodies("SaveKernel") == []
-
-
-def test_an_upstream_that_left_nothing(kaggle, builds, here):
-    plant_first(kaggle, builds)
-    kaggle.kernels[SLUG][0].files = {}
-    code, _, err = here("push", SECOND)
-    assert (code, "left no 01_data_prep/manifest.json" in sentence(err)) == (2, True)
 
 
 def test_too_little_quota_stops_a_gpu_stage_only(kaggle, here):
     kaggle.gpu_hours = (29.5, 30.0)
-    code, _, err = here("push", THIRD, "--alone")
-    assert code == 3
-    assert "needs 1 GPU hours; 0.5 of 30 are left until 2026-11-28 00:00 UTC" in sentence(err)
+    words = "needs 1 GPU hours; 0.5 of 30 are left until 2026-11-28 00:00 UTC"
+    here("push", THIRD, "--alone", code=3, words=words)
     assert kaggle.bodies("SaveKernel") == []
-    assert here("push", FIRST)[0] == 0
-    code, out, _ = here("quota")
-    assert (code, "0.5 of 30 hours left" in out) == (0, True)
+    here("push", FIRST)
+    here("quota", words="0.5 of 30 hours left")
 
 
-@pytest.mark.parametrize("answer", [(500, "", {}), (403, "", {}), {}, HTML])
-def test_a_quota_that_cannot_be_read_is_a_warning(answer, kaggle, here):
+@pytest.mark.parametrize(
+    ("answer", "code"), [((500, "", {}), 4), ((403, "", {}), 3), ({}, 4), (HTML, 4)]
+)
+def test_a_quota_that_cannot_be_read_is_a_warning(answer, code, kaggle, here):
     kaggle.planted["GetAcceleratorQuotaStatistics"] = [answer] * ALWAYS
-    code, out, _ = here("push", THIRD, "--alone")
-    assert (code, "warning: Cannot look at the GPU quota" in out) == (0, True)
-    kaggle.planted["GetAcceleratorQuotaStatistics"] = [answer] * ALWAYS
-    assert here("quota")[0] in (3, 4)
+    here("push", THIRD, "--alone", words="warning: Cannot look at the GPU quota")
+    here("quota", code=code)
 
 
 # --- waiting --------------------------------------------------------------------------------------
@@ -770,65 +712,55 @@ WALKS = {
 def test_every_end_of_a_kernel_has_its_code(name, kaggle, here):
     states, args, code, words = WALKS[name]
     walk(kaggle, *states, failure="out of memory" if "ERROR" in states else None)
-    assert here("push", FIRST)[0] == 0
-    ended, out, err = here("wait", FIRST, *args)
-    assert ended == code
-    assert not words or words in sentence(err)
+    here("push", FIRST)
+    out = here("wait", FIRST, *args, code=code, words=words)
     if name == "ERROR":
-        assert [line for line in out.splitlines() if line.startswith("  ")] == [
-            f"  line {n}" for n in range(40, 140)
-        ]
-        assert here("status", FIRST)[0] == 1
+        shown = [line for line in out.splitlines() if line.startswith("  ")]
+        assert shown == [f"  line {n}" for n in range(40, 140)]
+        assert "ERROR out of memory" in here("status", FIRST, code=1)
 
 
 def test_single_polls_may_fail_and_not_too_many(kaggle, here):
     walk(kaggle, *["RUNNING"] * 4, "COMPLETE")
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     faults = [(500, "", {}), None, (404, "", {}), stub_kaggle.HANG_UP, None, HTML]
     kaggle.planted["GetKernelSessionStatus"] = list(faults)
-    assert here("wait", FIRST)[0] == 0
+    here("wait", FIRST)
     kaggle.planted["GetKernelSessionStatus"] = [(503, "", {})] * ALWAYS
-    code, _, err = here("wait", FIRST)
-    assert (code, "answers 503" in sentence(err)) == (4, True)
+    here("wait", FIRST, code=4, words="answers 503")
 
 
 def test_the_version_just_pushed_is_the_one_that_is_followed(kaggle, here):
     """The one before has failed and is still shown as the latest."""
     walk(kaggle, "ERROR")
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     walk(kaggle, "RUNNING", "RUNNING", "COMPLETE")
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     kaggle.behind = 1
-    code, out, _ = here("wait", FIRST)
-    assert (code, "version 2: RUNNING" in out, "ERROR" in out) == (0, True, False)
+    assert "ERROR" not in here("wait", FIRST, words="version 2: RUNNING")
 
 
 def test_nothing_is_followed_that_was_not_pushed(kaggle, here):
     for verb in ("wait", "fetch"):
-        code, _, err = here(verb, FIRST)
-        assert (code, "was not pushed" in sentence(err)) == (2, True)
+        here(verb, FIRST, code=2, words="was not pushed")
     assert kaggle.calls == []
 
 
-def test_status_tells_each_stage(kaggle, here):
-    assert here("push", FIRST)[0] == 0
-    code, out, _ = here("status")
-    assert code == 0
-    first, second, *_ = out.splitlines()
+def test_status_shows_each_stage(here):
+    here("push", FIRST)
+    first, second, *_ = here("status").splitlines()
     assert first == f"01_data_prep: {REF}/1 QUEUED"
     assert "agaonker/atlas-02-template-audit ABSENT" in second
 
 
 def test_delete(kaggle, builds, here):
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     kaggle.planted["DeleteKernel"] = [{"errorMessage": "Kernel is in use"}]
-    code, _, err = here("delete", FIRST)
-    assert (code, "Kernel is in use" in sentence(err)) == (3, True)
-    assert here("delete", FIRST)[0] == 0
+    here("delete", FIRST, code=3, words="Kernel is in use")
+    here("delete", FIRST)
     assert kaggle.kernels == {}
     assert not (builds / FIRST / "pushed.json").exists()
-    code, _, err = here("delete", FIRST)
-    assert (code, "(404)" in sentence(err)) == (3, True)
+    here("delete", FIRST, code=3, words="(404)")
 
 
 # --- killed ---------------------------------------------------------------------------------------
@@ -839,10 +771,10 @@ def killed(clone, builds, kaggle, tmp_path):
     """Start a chain and end it the hard way as soon as `seen()` holds."""
 
     def run(seen, *stages: str) -> None:
-        command = [sys.executable, "-m", "tools.kernels", *options("chain", builds, tmp_path)]
+        args = ["-m", "tools.kernels", *command(builds, tmp_path, "chain", *stages)[1:]]
         env = {"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path)
         process = subprocess.Popen(
-            [*command, *stages], cwd=clone, env=env, stdout=subprocess.DEVNULL
+            [sys.executable, *args], cwd=clone, env=env, stdout=subprocess.DEVNULL
         )
         while not seen():
             assert process.poll() is None
@@ -867,8 +799,7 @@ def test_a_chain_that_was_killed_goes_on_and_pushes_nothing_twice(
     kaggle.run = run
     killed(second_is_awaited, FIRST, SECOND)
     kaggle.kernels["atlas-02-template-audit"][0].walk = ["RUNNING", "COMPLETE"]
-    code, _, err = here("chain", FIRST, SECOND)
-    assert (code, err) == (0, "")
+    here("chain", FIRST, SECOND)
     assert len(kaggle.bodies("SaveKernel")) == 2
     assert (tmp_path / "runs" / SECOND / "manifest.json").is_file()
 
@@ -876,33 +807,22 @@ def test_a_chain_that_was_killed_goes_on_and_pushes_nothing_twice(
 def test_a_push_that_was_killed_before_its_answer_is_found(kaggle, killed, here):
     kaggle.planted["SaveKernel"] = [stub_kaggle.SAVED_SILENTLY]
     killed(lambda: kaggle.kernels, FIRST)
-    code, out, _ = here("chain", FIRST)
-    assert (code, "pushed as version 1" in out) == (0, True)
+    here("chain", FIRST, words="pushed as version 1")
     assert len(kaggle.bodies("SaveKernel")) == 1
 
 
-def test_a_failed_version_is_pushed_again_by_the_chain(kaggle, here):
+def test_a_version_that_failed_or_was_deleted_is_pushed_again_by_the_chain(kaggle, here):
     good = kaggle.run
     walk(kaggle, "ERROR")
-    assert here("chain", FIRST)[0] == 1
+    here("chain", FIRST, code=1)
     kaggle.run = good
-    code, out, _ = here("chain", FIRST)
-    assert (code, "pushed as version 2" in out) == (0, True)
-
-
-def test_a_version_that_was_deleted_there_is_pushed_again(kaggle, here):
-    assert here("chain", FIRST)[0] == 0
+    here("chain", FIRST, words="pushed as version 2")
     kaggle.kernels.clear()
-    code, out, _ = here("chain", FIRST)
-    assert (code, "pushed as version 1" in out) == (0, True)
-    assert len(kaggle.bodies("SaveKernel")) == 2
+    here("chain", FIRST, words="pushed as version 1")
+    assert len(kaggle.bodies("SaveKernel")) == 3
 
 
 # --- fetching -------------------------------------------------------------------------------------
-
-
-def lose(version) -> None:
-    del version.files[f"{FIRST}/manifest.json"]
 
 
 def leak(version, name: str, text: str) -> None:
@@ -910,7 +830,9 @@ def leak(version, name: str, text: str) -> None:
 
 
 FETCHED = {
-    "no manifest": (lose, "left no 01_data_prep/manifest.json"),
+    "no manifest": (
+        lambda v: v.files.pop(f"{FIRST}/manifest.json"), "left no 01_data_prep/manifest.json"
+    ),
     "another file": (
         lambda v: v.files.update({f"{FIRST}/rows.jsonl": b"[]\n"}), "rows.jsonl is not the file"
     ),
@@ -931,28 +853,25 @@ FETCHED = {
 @pytest.mark.parametrize("name", FETCHED)
 def test_a_result_that_is_wrong_is_one_sentence_and_stays_out(name, kaggle, here, tmp_path):
     plant, words = FETCHED[name]
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     plant(kaggle.kernels[SLUG][0])
-    code, out, err = here("fetch", FIRST)
-    assert code == (2 if name == "a name that climbs" else 1)
-    assert words in sentence(err)
-    assert stub_kaggle.KEY not in out + err
+    code = 2 if name == "a name that climbs" else 1
+    assert stub_kaggle.KEY not in here("fetch", FIRST, code=code, words=words)
     assert not list((tmp_path / "runs").rglob("*"))
 
 
 def test_an_output_that_is_refused_is_no_wrong_name(kaggle, here):
     """The client makes a ValueError of this one, which blames the kernel's name."""
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     kaggle.planted["ListKernelSessionOutput"] = [(403, {"message": "Denied"}, {})]
-    code, _, err = here("fetch", FIRST)
-    assert (code, "(403)" in sentence(err)) == (3, True)
+    here("fetch", FIRST, code=3, words="(403)")
 
 
-def test_a_new_result_replaces_the_old_one(kaggle, here, tmp_path):
-    assert here("chain", FIRST)[0] == 0
+def test_a_new_result_replaces_the_old_one(here, tmp_path):
+    here("chain", FIRST)
     (tmp_path / "runs" / FIRST / "old").touch()
     (tmp_path / "runs" / "notebooks" / "other.ipynb").touch()
-    assert here("fetch", FIRST)[0] == 0
+    here("fetch", FIRST)
     assert not (tmp_path / "runs" / FIRST / "old").exists()
     assert (tmp_path / "runs" / "notebooks" / "other.ipynb").exists()
     assert not list((tmp_path / "runs").glob(".*"))
@@ -975,11 +894,10 @@ def test_no_secret_leaves_the_authorization_header(
     walk(kaggle, "RUNNING", "ERROR", failure=f"401 for {canaries['HF_TOKEN']}")
     for name, value in (canaries | {"VERBOSE": "1"}).items():
         monkeypatch.setenv(name, value)
-    code, out, err = here("chain", FIRST)
-    assert (code, "401 for ***" in err) == (1, True)
+    shown = here("chain", FIRST, code=1, words="401 for ***")
     assert (builds / FIRST / "pushed.json").is_file()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    texts = [done.stdout, done.stderr, out, err]
+    texts = [done.stdout, done.stderr, shown]
     texts += [path.read_bytes().decode(errors="replace") for path in files]
     # a token is introspected by Kaggle itself: there alone it is part of a body
     texts += [text for text in kaggle.texts if '"token"' not in text]
@@ -988,8 +906,9 @@ def test_no_secret_leaves_the_authorization_header(
     assert kaggle.authorizations == {f"Bearer {canaries['KAGGLE_API_TOKEN']}"}
 
 
-def test_help_tells_the_exit_codes(here):
-    code, out, _ = here("quota", "--help")
-    assert code == 0
-    for code in range(6):
-        assert f"\n  {code}  " in out
+def test_help_shows_the_exit_codes(clone, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        kernels.main()
+    out = capsys.readouterr().out
+    assert all(f"\n  {code}  " in out for code in range(6))
