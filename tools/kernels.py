@@ -33,7 +33,10 @@ def main() -> None:
     args = parse()
     try:
         sys.exit(args.verb(args) or 0)
-    except (errors.Problem, ValueError, OSError, ImportError) as error:
+    except ModuleNotFoundError as error:
+        leaks.log(f"error: {error.name} is not installed; run `make kernels`.", sys.stderr)
+        sys.exit(errors.WRONG_INPUT)
+    except (errors.Problem, ValueError, OSError) as error:
         leaks.log(f"error: {error}", sys.stderr)
         sys.exit(getattr(error, "code", errors.WRONG_INPUT))
     except KeyboardInterrupt:
