@@ -162,7 +162,7 @@ def attach(folder: Path, stage: str, output: Path) -> None:
 def batch(
     python: Path, page: Path, working: Path, env: dict, **parameters: str
 ) -> subprocess.CompletedProcess:
-    """Run a notebook as Kaggle does: one file from elsewhere, by papermill, in the output folder."""
+    """Run a notebook as Kaggle does: one file from elsewhere, by papermill in the output folder."""
     command = [python, "-m", "papermill", "--no-progress-bar", page, "__notebook__.ipynb"]
     command += [part for name, value in parameters.items() for part in ("-p", name, value)]
     return subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
