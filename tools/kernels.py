@@ -30,7 +30,7 @@ from tools.kaggle import bundle, errors, runs, service
 
 
 def main() -> None:
-    args = parse()
+    args = command_line()
     try:
         sys.exit(args.verb(args) or 0)
     except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def parse() -> argparse.Namespace:
+def command_line() -> argparse.Namespace:
     about, _, codes = __doc__.partition("Exit codes:")
     parser = argparse.ArgumentParser(
         prog="python -m tools.kernels",
@@ -54,8 +54,7 @@ def parse() -> argparse.Namespace:
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for function, stages, options in VERBS:
-        name = function.__name__
+    for name, (function, stages, options) in VERBS.items():
         verb = verbs.add_parser(name, help=function.__doc__, allow_abbrev=False)
         verb.set_defaults(verb=function)
         if stages:
@@ -70,7 +69,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace) -> None:
+def build_stages(args: argparse.Namespace) -> None:
     """write build/kaggle/<stage>: the notebook with the library in it, and its metadata"""
     choice = {"config": args.config, "overlay": args.overlay, "set": parse_assignments(args.set)}
     for stage in args.stages:
@@ -80,26 +79,26 @@ def build(args: argparse.Namespace) -> None:
         print(f"{folder}: {size / 1000:.0f} kB, {bundle.T4 if STAGES[stage].gpu else 'no GPU'}")
 
 
-def push(args: argparse.Namespace) -> None:
+def push_stages(args: argparse.Namespace) -> None:
     """send a build, if what it needs is complete and of the same build"""
     check = functools.partial(bundle.pushable, allow_dirty=args.allow_dirty)
     each_stage(args, check, runs.push_version, args.alone)
 
 
-def wait(args: argparse.Namespace) -> None:
+def wait_for_stages(args: argparse.Namespace) -> None:
     """follow the version that was pushed until it ends"""
     each_stage(args, runs.known_version, runs.follow)
 
 
-def fetch(args: argparse.Namespace) -> None:
+def fetch_stages(args: argparse.Namespace) -> None:
     """download the results of that version and check every file by its hash"""
     each_stage(args, runs.known_version, runs.fetch_results, args.out)
 
 
-def chain(args: argparse.Namespace) -> None:
+def chain_stages(args: argparse.Namespace) -> None:
     """push, wait and fetch stage by stage; repeated, it continues where it was"""
     check = functools.partial(bundle.pushable, allow_dirty=args.allow_dirty)
-    each_stage(args, check, runs.run_stage, args.alone, args.out)
+    each_stage(args, check, runs.push_and_fetch, args.alone, args.out)
 
 
 def each_stage(
@@ -112,7 +111,7 @@ def each_stage(
         step(kaggle, folder, found, *more)
 
 
-def status(args: argparse.Namespace) -> int:
+def show_states(args: argparse.Namespace) -> int:
     """the state of each stage's kernel, of the pushed version where one is known"""
     kaggle, states = service.connect(args.retries, args.poll, args.deadline), []
     for stage in args.stages:
@@ -125,7 +124,7 @@ def status(args: argparse.Namespace) -> int:
     return errors.KERNEL_FAILED if failed else 0
 
 
-def delete(args: argparse.Namespace) -> None:
+def delete_kernels(args: argparse.Namespace) -> None:
     """delete the kernels with all their versions"""
     kaggle = service.connect(args.retries, args.poll, args.deadline)
     for stage in args.stages:
@@ -135,7 +134,7 @@ def delete(args: argparse.Namespace) -> None:
         leaks.log(f"{stage}: deleted {ref}")
 
 
-def quota(args: argparse.Namespace) -> None:
+def show_quota(args: argparse.Namespace) -> None:
     """GPU hours that are left this week"""
     kaggle = service.connect(args.retries, args.poll, args.deadline)
     left, total, until = kaggle.quota_left()
@@ -161,17 +160,18 @@ OPTIONS: dict[str, dict] = {
     "--deadline": {"type": float, "default": 180, "help": "minutes for one stage (180)"},
 }
 PATIENCE = ["--retries", "--poll", "--deadline"]
-PUSH = ["--out-folder", "--allow-dirty", "--alone", *PATIENCE]
-VERBS: list[tuple[Callable, str, list[str]]] = [  # function, number of stages, options
-    (build, "*", ["--config", "--overlay", "--set", "--allow-dirty", "--out-folder"]),
-    (push, "+", PUSH),
-    (wait, "*", ["--out-folder", *PATIENCE]),
-    (fetch, "*", ["--out-folder", "--out", *PATIENCE]),
-    (chain, "*", [*PUSH, "--out"]),
-    (status, "*", ["--out-folder", *PATIENCE]),
-    (delete, "+", ["--out-folder", *PATIENCE]),
-    (quota, "", PATIENCE),
-]
+BUILDS = "--out-folder"
+PUSH = [BUILDS, "--allow-dirty", "--alone", *PATIENCE]
+VERBS: dict[str, tuple[Callable, str, list[str]]] = {  # function, number of stages, options
+    "build": (build_stages, "*", ["--config", "--overlay", "--set", "--allow-dirty", BUILDS]),
+    "push": (push_stages, "+", PUSH),
+    "wait": (wait_for_stages, "*", [BUILDS, *PATIENCE]),
+    "fetch": (fetch_stages, "*", [BUILDS, "--out", *PATIENCE]),
+    "chain": (chain_stages, "*", [*PUSH, "--out"]),
+    "status": (show_states, "*", [BUILDS, *PATIENCE]),
+    "delete": (delete_kernels, "+", [BUILDS, *PATIENCE]),
+    "quota": (show_quota, "", PATIENCE),
+}
 
 if __name__ == "__main__":
     main()

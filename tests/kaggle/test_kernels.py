@@ -490,6 +490,9 @@ GOOD = {"ref": f"/code/{REF}", "url": f"https://www.kaggle.com/code/{REF}"}
 GOOD |= {"versionNumber": 7, "kernelId": 42}
 ALWAYS = 9  # more often than it is asked
 HTML = (200, "<html>Please log in</html>", {})
+SESSIONS = {"error": "Maximum batch GPU session count of 2 reached."}
+DROPPED = {"invalidKernelSources": ["a/b"], "invalidDatasetSources": ["a/c"], "invalidTags": ["f"]}
+DROPPED |= {"invalidCompetitionSources": ["d"], "invalidModelSources": ["e"]}
 # name -> (answers to the push, exit code, words, times sent)
 PUSH_ANSWERS = {
     "good": ([GOOD], 0, "pushed as version 7", 1),
@@ -500,24 +503,13 @@ PUSH_ANSWERS = {
     "weekly quota": (
         [{"error": "Maximum weekly GPU quota of 30.00 hours reached."}], 3, "weekly GPU quota", 1
     ),
-    "two sessions": (
-        [{"error": "Maximum batch GPU session count of 2 reached."}] * ALWAYS, 4, "session count", 3
-    ),
-    "two sessions at first": (
-        [{"error": "Maximum batch GPU session count of 2 reached."}], 0, "Retrying in 0 s", 2
-    ),
+    "two sessions": ([SESSIONS] * ALWAYS, 4, "session count", 3),
+    "two sessions at first": ([SESSIONS], 0, "Retrying in 0 s", 2),
     "capacity": ([{"error": "No GPU capacity available"}] * ALWAYS, 4, "No GPU capacity", 3),
-    "dropped kernel": (
-        [GOOD | {"invalidKernelSources": ["a/b"]}], 3, "but without kernel source a/b", 1
+    "dropped": (
+        [GOOD | DROPPED], 3, "version 7, but without dataset source a/c, competition source d, "
+        "kernel source a/b, model source e, tag f: stop", 1
     ),
-    "dropped dataset": (
-        [GOOD | {"invalidDatasetSources": ["a/c"]}], 3, "but without dataset source a/c", 1
-    ),
-    "dropped competition": (
-        [GOOD | {"invalidCompetitionSources": ["d"]}], 3, "without competition source d", 1
-    ),
-    "dropped model": ([GOOD | {"invalidModelSources": ["e"]}], 3, "without model source e", 1),
-    "dropped tag": ([GOOD | {"invalidTags": ["f"]}], 3, "without tag f", 1),
     "no version": ([GOOD | {"versionNumber": None}], 3, "named no version", 1),
     "another slug": (
         [GOOD | {"ref": "/code/agaonker/atlas-01-x", "url": ""}], 3, f"saved {REF}", 1
@@ -583,7 +575,7 @@ def test_a_refused_push_forgets_no_earlier_version(kaggle, builds, here):
 
 
 def test_kaggle_that_never_answers(kaggle, here, monkeypatch):
-    monkeypatch.setattr(service, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(service, "TIMEOUT", 0.2)
     kaggle.planted["SaveKernel"] = [stub_kaggle.SILENT] * ALWAYS
     here("push", FIRST, code=4, words="does not answer in time")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -188,7 +188,7 @@ def file_faults(folder: Path) -> Iterator[str]:
             yield f"{path.relative_to(folder)} holds {found}"
 
 
-def run_stage(
+def push_and_fetch(
     kaggle: Connection, folder: Path, build: dict[str, Any], alone: bool, out: Path
 ) -> None:
     """Push, follow and fetch; a version of this build that runs or is complete is kept."""

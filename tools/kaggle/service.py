@@ -17,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from tools import leaks
 from tools.kaggle.errors import REFUSED, UNAVAILABLE, Problem, explain
 
-ANSWER_SECONDS = 120  # the client itself would wait forever
+TIMEOUT = 120  # seconds for an answer; the client itself would wait forever
 LONGEST_PAUSE = 300.0  # seconds between two attempts, unless Kaggle asks for more
 ABSENT = (403, 404)  # a private kernel that does not exist is forbidden, too
 # Errors in a response of status 200. A quota returns within days, the busy ones within minutes.
@@ -139,7 +139,7 @@ def connect(retries: int, poll: float, minutes: float) -> Connection:
     empty = sorted(k for k, v in os.environ.items() if k.startswith("KAGGLE_") and not v)
     for name in (*empty, "VERBOSE", "VERBOSE_OUTPUT"):
         os.environ.pop(name, None)  # verbose output has the authorization header
-    HTTPAdapter.send = functools.partialmethod(HTTPAdapter.send, timeout=ANSWER_SECONDS)
+    HTTPAdapter.send = functools.partialmethod(HTTPAdapter.send, timeout=TIMEOUT)
     with contextlib.redirect_stdout(io.StringIO()):  # the import logs in and prints help
         from kaggle.api.kaggle_api_extended import KaggleApi
     kaggle = Connection(KaggleApi(), retries, poll, minutes)
