@@ -759,26 +759,29 @@ def test_delete(kaggle, builds, here):
 
 
 @pytest.fixture
-def killed(clone, builds, kaggle, tmp_path):
-    """Start a chain and end it the hard way as soon as `seen()` holds."""
+def started(clone, builds, kaggle, tmp_path):
+    """Start a chain as a process."""
 
-    def run(seen, *stages: str) -> None:
+    def start(*stages: str, **env: str) -> subprocess.Popen:
         args = ["-m", "tools.kernels", *command(builds, tmp_path, "chain", *stages)[1:]]
-        env = {"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path)
-        process = subprocess.Popen(
-            [sys.executable, *args], cwd=clone, env=env, stdout=subprocess.DEVNULL
-        )
-        while not seen():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
+        env = {"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path) | env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *args], cwd=clone, env=env, **pipes)
 
-    return run
+    return start
+
+
+def kill(process: subprocess.Popen, seen) -> None:
+    """End it the hard way as soon as `seen()` holds."""
+    while not seen():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
 
 
 def test_a_chain_that_was_killed_goes_on_and_pushes_nothing_twice(
-    builds, kaggle, killed, here, tmp_path
+    builds, kaggle, started, here, tmp_path
 ):
     def run(slug, version):
         finish(builds, slug, version)
@@ -789,16 +792,16 @@ def test_a_chain_that_was_killed_goes_on_and_pushes_nothing_twice(
         return "atlas-02-template-audit" in asked
 
     kaggle.run = run
-    killed(second_is_awaited, FIRST, SECOND)
+    kill(started(FIRST, SECOND), second_is_awaited)
     kaggle.kernels["atlas-02-template-audit"][0].walk = ["RUNNING", "COMPLETE"]
     here("chain", FIRST, SECOND)
     assert len(kaggle.bodies("SaveKernel")) == 2
     assert (tmp_path / "runs" / SECOND / "manifest.json").is_file()
 
 
-def test_a_push_that_was_killed_before_its_answer_is_found(kaggle, killed, here):
+def test_a_push_that_was_killed_before_its_answer_is_found(kaggle, started, here):
     kaggle.planted["SaveKernel"] = [stub_kaggle.SAVED_SILENTLY]
-    killed(lambda: kaggle.kernels, FIRST)
+    kill(started(FIRST), lambda: kaggle.kernels)
     here("chain", FIRST, words="pushed as version 1")
     assert len(kaggle.bodies("SaveKernel")) == 1
 
@@ -872,9 +875,7 @@ def test_a_new_result_replaces_the_old_one(here, tmp_path):
 # --- secrets --------------------------------------------------------------------------------------
 
 
-def test_no_secret_leaves_the_authorization_header(
-    clone, builds, kaggle, here, tmp_path, monkeypatch
-):
+def test_no_secret_leaves_the_authorization_header(clone, builds, kaggle, started, tmp_path):
     canaries = {
         "KAGGLE_API_TOKEN": "KGAT_canary" + "0" * 24,
         "HF_TOKEN": "hf_canary" + "1" * 30,
@@ -884,12 +885,13 @@ def test_no_secret_leaves_the_authorization_header(
     done = build(clone, FIRST, "--out-folder", builds, **canaries)
     assert done.returncode == 0
     walk(kaggle, "RUNNING", "ERROR", failure=f"401 for {canaries['HF_TOKEN']}")
-    for name, value in (canaries | {"VERBOSE": "1"}).items():
-        monkeypatch.setenv(name, value)
-    shown = here("chain", FIRST, code=1, words="401 for ***")
+    process = started(FIRST, VERBOSE="1", **canaries)
+    shown = process.communicate()
+    assert (process.returncode, "401 for ***" in shown[1]) == (1, True)
+    assert "DEBUG" not in shown[1]  # the client's verbose output has headers and signed addresses
     assert (builds / FIRST / "pushed.json").is_file()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    texts = [done.stdout, done.stderr, shown]
+    texts = [done.stdout, done.stderr, *shown]
     texts += [path.read_bytes().decode(errors="replace") for path in files]
     # a token is introspected by Kaggle itself: there alone it is part of a body
     texts += [text for text in kaggle.texts if '"token"' not in text]

@@ -138,7 +138,7 @@ def connect(retries: int, poll: float, minutes: float) -> Connection:
     """A connection. Raises Problem where credentials are missing or not accepted."""
     empty = sorted(k for k, v in os.environ.items() if k.startswith("KAGGLE_") and not v)
     for name in (*empty, "VERBOSE", "VERBOSE_OUTPUT"):
-        os.environ.pop(name, None)  # verbose output has the authorization header
+        os.environ.pop(name, None)  # verbose output has headers and signed addresses
     HTTPAdapter.send = functools.partialmethod(HTTPAdapter.send, timeout=TIMEOUT)
     with contextlib.redirect_stdout(io.StringIO()):  # the import logs in and prints help
         from kaggle.api.kaggle_api_extended import KaggleApi
