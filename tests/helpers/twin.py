@@ -11,12 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "requirements-kaggle.txt"
-STAGES = ["01_data_prep", "02_template_audit", "03_sft_train", "04_ifeval_eval"]
 SITE = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
 FOREIGN = ("ATLAS", "COLAB", "CUDA", "GIT_", "HF_", "JUPYTER", "KAGGLE", "PYTHON", "VIRTUAL")
 FOREIGN += ("WANDB",)
@@ -68,6 +66,16 @@ def get(name):
         raise error(name)
     return answer
 """
+
+
+def copy_tree(folder: Path) -> Path:
+    """The files of this checkout that git tracks or would track, in a new folder."""
+    command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in run(*command).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
 
 
 @functools.cache
@@ -154,12 +162,10 @@ def attach(folder: Path, stage: str, output: Path) -> None:
 def batch(
     python: Path, page: Path, working: Path, env: dict, **parameters: str
 ) -> subprocess.CompletedProcess:
-    """Run a page as Kaggle does: from one file elsewhere, with papermill, in the working folder."""
+    """Run a notebook as Kaggle does: one file from elsewhere, by papermill in the output folder."""
     command = [python, "-m", "papermill", "--no-progress-bar", page, "__notebook__.ipynb"]
     command += [part for name, value in parameters.items() for part in ("-p", name, value)]
-    return subprocess.run(
-        [str(part) for part in command], cwd=working, env=env, capture_output=True, text=True
-    )
+    return subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
 
 
 INTERACTIVE = """
@@ -167,11 +173,11 @@ import sys, nbformat
 from nbclient import NotebookClient
 
 page = nbformat.read(sys.argv[1], as_version=4)
-page.cells *= int(sys.argv[3])
+page.cells *= int(sys.argv[2])
 try:
     NotebookClient(page, kernel_name="python3").execute()
 finally:
-    nbformat.write(page, sys.argv[2])
+    nbformat.write(page, "page.ipynb")
 """
 
 
@@ -179,26 +185,22 @@ def run_all(
     python: Path, page: Path, working: Path, env: dict, times: int = 1
 ) -> subprocess.CompletedProcess:
     """Run All in one kernel, without papermill; what it showed is in `working`/page.ipynb."""
-    command = [python, "-c", INTERACTIVE, page, "page.ipynb", times]
-    return subprocess.run(
-        [str(part) for part in command], cwd=working, env=env, capture_output=True, text=True
-    )
+    command = [python, "-c", INTERACTIVE, page, str(times)]
+    return subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
 
 
-def build(folder: Path, **values) -> Path:
+def build(folder: Path, **values: object) -> None:
     """The four kernels of this tree in `folder`, offline, with `values` as SET."""
     settings = [part for k, v in values.items() for part in ("--set", f"{k}={v}")]
     options = ["--allow-dirty", "--overlay", "offline", "--out-folder", folder]
     run(sys.executable, "-m", "tools.kernels", "build", *options, *settings, cwd=ROOT)
-    return folder
 
 
 def page_text(page: Path) -> str:
-    """Everything that an executed page shows, errors included."""
-    return "\n".join(_shown(json.loads(page.read_text("utf-8"))))
-
-
-def _shown(page: dict) -> Iterator[str]:
-    for output in (out for cell in page["cells"] for out in cell.get("outputs", [])):
-        yield from ("".join(output[key]) for key in ("text", "evalue") if key in output)
-        yield from ("".join(part) for part in output.get("data", {}).values())
+    """Everything that an executed notebook shows, errors included."""
+    cells = json.loads(page.read_text("utf-8"))["cells"]
+    parts = []
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        parts += [output[key] for key in ("text", "evalue") if key in output]
+        parts += output.get("data", {}).values()
+    return "\n".join("".join(part) for part in parts)

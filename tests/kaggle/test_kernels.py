@@ -1,4 +1,4 @@
-"""tools/kernels.py with the real client and CLI against a stub of Kaggle's service on loopback."""
+"""tools.kernels with Kaggle's own client and CLI against a stub of its service on loopback."""
 
 import hashlib
 import json
@@ -12,17 +12,21 @@ from pathlib import Path
 import nbformat
 import pytest
 import stub_kaggle
+import twin
 from IPython.core.inputtransformer2 import TransformerManager
+from requests.adapters import HTTPAdapter
 
-from atlas_lib import bootstrap
-from tools import kernels
+from atlas_lib import bootstrap, session
+from atlas_lib.stages import STAGES
+from tools import kernels, leaks
 from tools.kaggle import bundle, service
 
 ROOT = Path(__file__).resolve().parents[2]
-FIRST, SECOND, THIRD, FOURTH = kernels.STAGES
+FIRST, SECOND, THIRD, FOURTH = STAGES
 SLUG = "atlas-01-data-prep"
-SET = {"data.n_samples": 64}
-REAL_ADDRESS = "https://www.kaggle.com"
+REF = f"agaonker/{SLUG}"
+OFFLINE = ("--overlay", "offline", "--set", "data.n_samples=64")
+CHOICE = {"CONFIG": "sft_qwen05b", "OVERLAY": "offline", "SET": {"data.n_samples": 64}}
 
 
 # --- a clone to build in, and the builds ----------------------------------------------------------
@@ -34,32 +38,26 @@ def git(folder: Path, *args: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def python(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
-    command, env = [sys.executable, "-m", *args], {"PATH": os.environ["PATH"], **env}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+def build(clone: Path, *args: object, **env: str) -> subprocess.CompletedProcess:
+    """python -m tools.kernels build ..., with nothing of this process's environment."""
+    command = [sys.executable, "-m", "tools.kernels", "build", *map(str, args)]
+    env = {"PATH": os.environ["PATH"], **env}
+    return subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """This tree as it is, committed: a build wants a clean one."""
-    folder = tmp_path_factory.mktemp("clone") / "atlas"
-    wanted = ("--cached", "--others", "--exclude-standard")
-    for name in filter(None, git(ROOT, "ls-files", "-z", *wanted).split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    git(folder, "init", "-q")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "all")
+    folder = twin.copy_tree(tmp_path_factory.mktemp("clone") / "atlas")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        git(folder, *command)
     return folder
 
 
 @pytest.fixture(scope="module")
 def built(clone):
     """build/kaggle of the clone, all four stages."""
-    done = python(
-        clone, "tools.kernels", "build", "--overlay", "offline", "--set", "data.n_samples=64"
-    )
+    done = build(clone, *OFFLINE)
     assert (done.returncode, done.stderr) == (0, "")
     return clone / "build" / "kaggle"
 
@@ -81,16 +79,18 @@ def read(folder: Path, file: str):
     return json.loads((folder / file).read_bytes())
 
 
-def change(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | values), "utf-8")
+def record(folder: Path) -> dict:
+    """What a built notebook says of its build."""
+    return read(folder, "notebook.ipynb")["metadata"]["atlas"]
 
 
 def finish(builds: Path, slug: str, version: stub_kaggle.Version, **manifest) -> None:
-    """The output of a kernel: a row, its manifest, the executed page, metrics and a log."""
-    stage = next(s for s, about in kernels.STAGES.items() if bundle.slug(about.title) == slug)
-    build = read(builds / stage, "build.json")
-    about = {"stage": stage, "commit": build["commit"][:12], "relevant": {}, "inputs": {}}
-    about |= {"config_digest": build["digests"][stage]}
+    """The output of a kernel: a row, its manifest, the executed notebook, metrics and a log."""
+    stage = next(stage for stage in STAGES if bundle.kernel_id("", stage) == f"/{slug}")
+    build = record(builds / stage)
+    about = {"format": 2, "stage": stage, "commit": build["commit"], "made_from": {}}
+    about |= {"relevant": {}, "inputs": {}}
+    about |= dict.fromkeys(("config_digest", "digest"), build["digests"][stage])
     about |= {"outputs": {"rows.jsonl": hashlib.sha256(b"{}\n").hexdigest()}}
     version.files = {
         f"{stage}/rows.jsonl": b"{}\n",
@@ -99,7 +99,7 @@ def finish(builds: Path, slug: str, version: stub_kaggle.Version, **manifest) ->
         "metrics.json": b"[]",
         "answers/kept.jsonl": b"{}\n",
     }
-    lines = [{"stream_name": "stdout", "time": n, "data": f"line {n}\n"} for n in range(40)]
+    lines = [{"stream_name": "stdout", "time": n, "data": f"line {n}\n"} for n in range(140)]
     version.log = json.dumps(lines)
 
 
@@ -118,195 +118,140 @@ def environment(kaggle: stub_kaggle.Kaggle, home: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def tool(clone, builds, kaggle, tmp_path):
-    """python -m tools.kernels ..., quick to look and to try again."""
-
-    def run(*args: str, **env: str) -> subprocess.CompletedProcess:
-        env = environment(kaggle, tmp_path) | env
-        return python(clone, "tools.kernels", *options(args[0], builds, tmp_path), *args[1:], **env)
-
-    return run
-
-
-def options(verb: str, builds: Path, tmp_path: Path) -> list[str]:
-    patience = ["--poll", "0.02", "--retries", "2"] if verb != "build" else []
-    folders = [] if verb == "quota" else ["--out-folder", str(builds)]
-    out = ["--out", str(tmp_path / "runs")] if verb in ("chain", "fetch") else []
-    return [verb, *patience, *folders, *out]
-
-
-@pytest.fixture
 def here(clone, builds, kaggle, tmp_path, monkeypatch, capsys):
-    """The same in this process, for tables of many cases: (exit code, stdout, stderr)."""
-    from requests.adapters import HTTPAdapter
-
+    """python -m tools.kernels ... in this process, which has to end with `code` and say `words`."""
     monkeypatch.setattr(HTTPAdapter, "send", HTTPAdapter.send)  # put back afterwards
-    service._wait_no_longer_than.cache_clear()
-    monkeypatch.setattr(bootstrap, "ROOT", clone)
+    monkeypatch.setattr(leaks, "FROM_FILES", {})
+    for module in (bootstrap, session):
+        monkeypatch.setattr(module, "ROOT", clone, raising=False)
     for name, value in environment(kaggle, tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
 
-    def run(*args: str) -> tuple[int, str, str]:
-        argv = ["kernels", *options(args[0], builds, tmp_path), *args[1:]]
-        monkeypatch.setattr(sys, "argv", argv)
+    def run(*args: str, code: int = 0, words: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", command(builds, tmp_path, *args))
         with pytest.raises(SystemExit) as ended:
             kernels.main()
-        shown = capsys.readouterr()
-        return ended.value.code, shown.out, shown.err
+        out, err = capsys.readouterr()
+        assert (ended.value.code, "Traceback" in err) == (code, False), out + err
+        assert not words or words in (sentence(err) if code else out)
+        return out + err
 
     return run
 
 
+def command(builds: Path, tmp_path: Path, verb: str, *args: str) -> list[str]:
+    """The arguments, with the folders of this test and little patience."""
+    patience = ["--poll", "0.02", "--retries", "2"] if verb != "build" else []
+    folders = [] if verb == "quota" else ["--out-folder", str(builds)]
+    out = ["--out", str(tmp_path / "runs")] if verb in ("chain", "fetch") else []
+    return ["kernels", verb, *patience, *folders, *out, *args]
+
+
 def sentence(err: str) -> str:
-    """The one line that a failure ends with."""
-    assert "Traceback" not in err
-    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    """The line that a failure ends with."""
+    *_, line = err.splitlines()
+    assert "error: " in line
     return line
 
 
 # --- build ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", kernels.STAGES)
-def test_a_build_is_the_committed_page_with_parameters_payload_and_commit(stage, clone, built):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_build_is_the_committed_notebook_with_parameters_and_payload(stage, clone, built):
     page = nbformat.read(built / stage / "notebook.ipynb", as_version=4)
     nbformat.validate(page)
     source = nbformat.read(clone / "notebooks" / f"{stage}.ipynb", as_version=4)
-    commit = git(clone, "rev-parse", "HEAD").strip()
     tags = [cell.metadata.get("tags", [None])[0] for cell in page.cells]
-    assert tags.count("payload") == 1
     place = tags.index("payload")
-    assert tags[place + 1] == "bootstrap"
+    assert tags[place : place + 2] == ["payload", "bootstrap"]
     assert page.cells[place].metadata.jupyter.source_hidden
     values: dict = {}
     exec(page.cells[tags.index("parameters")].source, values)
-    wanted = {"CONFIG": "sft_qwen05b", "OVERLAY": "offline", "OUT": "", "SET": SET}
-    assert {key: values[key] for key in values if key.isupper()} == wanted
+    assert {key: values[key] for key in values if key.isupper()} == CHOICE | {"OUT": ""}
     assert page.metadata.kernelspec.name == "python3"
     assert not any(cell.get("outputs") for cell in page.cells)
     del page.cells[place]
-    assert [cell.id for cell in page.cells] == [cell.id for cell in source.cells]
-    changed = {
-        cell.metadata.tags[0]: (cell.source, before.source)
-        for cell, before in zip(page.cells, source.cells, strict=True)
-        if cell.source != before.source
-    }
-    assert changed.keys() == {"parameters", "bootstrap"}
-    stamped, before = changed["bootstrap"]
-    assert stamped == before.replace('", "main"\n', f'", "{commit}"\n')
+    del page.cells[tags.index("parameters")], source.cells[tags.index("parameters")]
+    assert [(cell.id, cell.source) for cell in page.cells] == [
+        (cell.id, cell.source) for cell in source.cells
+    ]
+    assert page.metadata.atlas.commit == git(clone, "rev-parse", "--short=12", "HEAD").strip()
+    assert list(page.metadata.atlas.digests) == list(STAGES)
 
 
-def test_what_was_built_of_what_stands_beside_it(clone, built):
-    for stage in kernels.STAGES:
-        build = read(built / stage, "build.json")
-        commit = git(clone, "rev-parse", "HEAD").strip()
-        assert (build["stage"], build["commit"], build["dirty"]) == (stage, commit, False)
-        assert (build["config"], build["overlay"], build["set"]) == ("sft_qwen05b", "offline", SET)
-        assert list(build["digests"]) == list(kernels.STAGES)
-        page = (built / stage / "notebook.ipynb").read_bytes()
-        assert build["notebook_sha256"] == hashlib.sha256(page).hexdigest()
-
-
-def test_every_key_of_the_metadata_is_written_out(built):
-    top = read(ROOT, "kernel-metadata.json")
-    assert top["machine_shape"] == "NvidiaTeslaT4"  # a wrong one is accepted and replaced
-    assert (top["enable_gpu"], top["is_private"], top["enable_internet"]) == (True, True, True)
-    for stage, about in kernels.STAGES.items():
-        metadata = read(built / stage, "kernel-metadata.json")
-        assert list(metadata) == list(top)
-        assert metadata["enable_gpu"] == (stage in (THIRD, FOURTH))
-        assert metadata["machine_shape"] == about.accelerator
-    assert {k: v for k, v in metadata.items() if k in ("id", "title", "kernel_sources")} == {
-        "id": "agaonker/atlas-04-ifeval-eval",
-        "title": "Atlas 04 IFEval eval",
-        "kernel_sources": ["agaonker/atlas-03-sft-train"],
-    }
-
-
-def test_the_owner_of_the_top_is_the_one_of_pyproject_and_may_be_another(clone, tmp_path):
+def test_the_owner_is_the_one_of_pyproject_unless_the_environment_names_another(clone, tmp_path):
     owner = read(ROOT, "kernel-metadata.json")["id"].partition("/")[0]
     assert f"github.com/{owner}/" in (ROOT / "pyproject.toml").read_text("utf-8")
-    args = ("tools.kernels", "build", SECOND, "--out-folder", str(tmp_path))
-    assert python(clone, *args, KAGGLE_USERNAME="alice").returncode == 0
+    done = build(clone, SECOND, "--out-folder", tmp_path, KAGGLE_USERNAME="alice")
+    assert done.returncode == 0
     metadata = read(tmp_path / SECOND, "kernel-metadata.json")
     assert metadata["id"] == "alice/atlas-02-template-audit"
     assert metadata["kernel_sources"] == ["alice/atlas-01-data-prep"]
+    assert list(metadata) == list(read(ROOT, "kernel-metadata.json"))
 
 
-def test_the_same_commit_gives_the_same_bytes(clone, built, tmp_path):
+def test_the_same_commit_gives_the_same_bytes_beside_what_was_pushed(clone, built, builds):
     for path in (clone / "atlas_lib").glob("*.py"):
         os.utime(path, (1, 1))
         path.chmod(0o600)
-    given = ("--overlay", "offline", "--set", "data.n_samples=64", "--out-folder", str(tmp_path))
-    assert python(clone, "tools.kernels", "build", FIRST, *given).returncode == 0
-    names = {path.name for path in (tmp_path / FIRST).iterdir()}
-    assert names == {"notebook.ipynb", "kernel-metadata.json", "build.json"}
-    for name in names:
-        assert (tmp_path / FIRST / name).read_bytes() == (built / FIRST / name).read_bytes()
-
-
-def test_a_build_keeps_what_was_pushed_and_replaces_the_rest(clone, builds):
-    (builds / FIRST / "pushed.json").write_text('{"version": 4}', "utf-8")
-    (builds / FIRST / "left").touch()
-    done = python(clone, "tools.kernels", "build", FIRST, "--out-folder", str(builds))
-    assert done.returncode == 0
-    assert read(builds / FIRST, "pushed.json") == {"version": 4}
-    assert not (builds / FIRST / "left").exists()
-    assert not list(builds.glob("*.part"))
+    (builds / FIRST / "notebook.ipynb").unlink()
+    (builds / FIRST / "pushed.json").write_text("{}", "utf-8")
+    assert build(clone, FIRST, *OFFLINE, "--out-folder", builds).returncode == 0
+    names = {path.name for path in (builds / FIRST).iterdir()}
+    assert names == {"notebook.ipynb", "kernel-metadata.json", "pushed.json"}
+    for name in ("notebook.ipynb", "kernel-metadata.json"):
+        assert (builds / FIRST / name).read_bytes() == (built / FIRST / name).read_bytes()
 
 
 # --- the payload ----------------------------------------------------------------------------------
 
 
-def payload(builds: Path, stage: str = FIRST) -> str:
-    page = nbformat.read(builds / stage / "notebook.ipynb", as_version=4)
+def payload(builds: Path) -> str:
+    page = nbformat.read(builds / FIRST / "notebook.ipynb", as_version=4)
     [cell] = [cell for cell in page.cells if "payload" in cell.metadata.get("tags", [])]
     return cell.source
 
 
+def run_cell(source: str, tmp_path: Path, version: str = "") -> subprocess.CompletedProcess:
+    """The source in an empty working folder, by an interpreter without any package."""
+    for folder in ("temporary", "working"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cell.py").write_text(source, "utf-8")
+    interpreter = shutil.which(f"python{version}") if version else sys.executable
+    env = {"PATH": os.environ["PATH"], "PYENV_VERSION": version}  # pyenv's shims need a version
+    if not interpreter or subprocess.run([interpreter, "-V"], env=env).returncode:
+        pytest.skip(f"NOT TESTED: there is no Python {version} here")
+    return subprocess.run(
+        [interpreter, "-I", "-S", str(tmp_path / "cell.py")], cwd=tmp_path / "working",
+        env=env | {"TMPDIR": str(tmp_path / "temporary")}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
 LOOK = """
-import json, os, pathlib, subprocess, sys
-files = [p for p in pathlib.Path(library).rglob("*") if p.is_file()]
+import json, os, subprocess, sys
 code = "import atlas_lib.bootstrap; print(atlas_lib.__file__)"
 child = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-import atlas_lib.bootstrap
-print(json.dumps({
-    "library": library, "first": sys.path[0], "files": [str(p.relative_to(library)) for p in files],
-    "floors": len(atlas_lib.bootstrap.floors()), "child": child.stdout.strip(),
-    "file": atlas_lib.__file__, "commit": os.environ["ATLAS_COMMIT"],
-}))
+import atlas_lib
+print(json.dumps([library, atlas_lib.__file__, child.stdout.strip(), os.environ["ATLAS_COMMIT"]]))
 """
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_the_payload_cell_needs_nothing_but_python(version, clone, builds, tmp_path):
-    interpreter = shutil.which(f"python{version}")
-    env = {"PATH": os.environ["PATH"], "PYENV_VERSION": version}  # pyenv's shims need a version
-    env |= {"TMPDIR": str(tmp_path / "temporary")}
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "working").mkdir()
-    (tmp_path / "cell.py").write_text(payload(builds) + LOOK, "utf-8")
-    works = interpreter and subprocess.run([interpreter, "-V"], env=env, capture_output=True)
-    if not works or works.returncode:
-        pytest.skip(f"NOT TESTED: there is no Python {version} here")
-    done = subprocess.run(
-        [interpreter, "-I", "-S", str(tmp_path / "cell.py")],
-        cwd=tmp_path / "working", env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_cell(payload(builds) + LOOK, tmp_path, version)
     assert (done.returncode, done.stderr) == (0, "")
-    seen = json.loads(done.stdout)
-    library = Path(seen["library"])
-    assert library.parent == tmp_path / "temporary"
+    library, here, child, commit = json.loads(done.stdout)
+    assert Path(library).parent == tmp_path / "temporary"
     assert not list((tmp_path / "working").iterdir())
-    assert seen["first"] == str(library)
-    assert seen["file"] == seen["child"] == str(library / "atlas_lib" / "__init__.py")
-    assert seen["commit"] == git(clone, "rev-parse", "--short=12", "HEAD").strip()
-    assert seen["floors"] > 10
+    assert here == child == f"{library}/atlas_lib/__init__.py"
+    assert commit == git(clone, "rev-parse", "--short=12", "HEAD").strip()
     tracked = git(clone, "ls-files", "atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
-    assert {f for f in seen["files"] if ".pyc" not in f} == set(tracked.split())
-    for name in tracked.split():
-        assert (library / name).read_bytes() == (clone / name).read_bytes()
+    found = [path for path in Path(library).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {str(path.relative_to(library)) for path in found} == set(tracked.split())
+    for path in found:
+        assert path.read_bytes() == (clone / path.relative_to(library)).read_bytes()
 
 
 def test_ipython_takes_the_payload_for_plain_python(builds):
@@ -315,27 +260,15 @@ def test_ipython_takes_the_payload_for_plain_python(builds):
     assert TransformerManager().transform_cell(source) == f"{source}\n"
 
 
-@pytest.mark.parametrize("damage", ["one letter", "cut off", "another line end"])
-def test_a_damaged_payload_is_one_sentence_and_unpacks_nothing(damage, builds, tmp_path):
-    source = payload(builds)
-    head, start, rest = source.partition('PACKED = """\n')
-    if damage == "one letter":
-        rest = rest[:500] + ("a" if rest[500] != "a" else "b") + rest[501:]
-    elif damage == "cut off":
-        rest = rest[:300] + rest[rest.index('\n"""') :]
-    else:  # what an editor may do: no damage
-        rest = rest.replace("\n", "\r\n", 40)
-    (tmp_path / "cell.py").write_bytes((head + start + rest).encode())
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    command, env = [sys.executable, "-I", "-S", str(tmp_path / "cell.py")], {"TMPDIR": str(folder)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if damage == "another line end":
-        assert done.returncode == 0
-        return
+@pytest.mark.parametrize("cut", [0, 99])
+def test_a_damaged_payload_is_one_sentence_and_unpacks_nothing(cut, builds, tmp_path):
+    """One letter is another one, or a line is lost."""
+    head, start, rest = payload(builds).partition('PACKED = """\n')
+    rest = rest[:500] + ("a" if rest[500] != "a" else "b") + rest[501 + cut :]
+    done = run_cell(head + start + rest, tmp_path)
     told = "RuntimeError: The payload of this notebook is damaged; build and push it again."
     assert done.stderr.splitlines()[-1] == told
-    assert not list(folder.iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 # --- guards ---------------------------------------------------------------------------------------
@@ -347,18 +280,14 @@ def edit(folder: Path, function) -> None:
     (folder / "notebook.ipynb").write_text(json.dumps(page), "utf-8")
 
 
-def append(page: dict, text: str) -> None:
-    page["cells"].append(page["cells"][-1] | {"source": text, "id": "last"})
-
-
 def output(page: dict) -> None:
     cell = next(cell for cell in page["cells"] if cell["cell_type"] == "code")
     cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "0.7"}]
 
 
 def other_letter(page: dict) -> None:
-    cell = next(c for c in page["cells"] if "payload" in c["metadata"].get("tags", []))
-    source = "".join(cell["source"])
+    [cell] = [cell for cell in page["cells"] if cell["id"] == "payload"]
+    source = cell["source"]
     cell["source"] = source[:900] + ("a" if source[900] != "a" else "b") + source[901:]
 
 
@@ -372,272 +301,225 @@ TOKENS = {
     "GitHub": "ghp_" + "a1B2c3D4e5F6" * 3,
     "private key": "-----BEGIN RSA PRIVATE KEY-----",
 }
-SENT_GUARDS = {
-    "changed page": (lambda f: edit(f, lambda p: append(p, "x = 1")), "changed after the build"),
-    "outputs": (lambda f: edit(f, output), "holds outputs"),
-    "no kernelspec": (lambda f: edit(f, lambda p: p["metadata"].pop("kernelspec")), "kernelspec"),
-    "too large": (lambda f: edit(f, lambda p: append(p, "#" * 1_000_000)), "Kaggle takes 1,0"),
-    "damaged payload": (lambda f: edit(f, other_letter), "payload of the notebook is"),
-    "no payload": (lambda f: edit(f, lambda p: p["cells"].clear()), "payload of the notebook is"),
-    "other title": (
-        lambda f: change(f / "kernel-metadata.json", title="Atlas one"),
-        "Kaggle would make 'atlas-one' of the title 'Atlas one'",
+CHANGED = "was changed or damaged after the build"
+PUSH_GUARDS = {
+    "a changed notebook": (lambda p: p["cells"].pop(), CHANGED),
+    "outputs": (output, CHANGED),
+    "no kernelspec": (lambda p: p["metadata"].pop("kernelspec"), CHANGED),
+    "a damaged payload": (other_letter, CHANGED),
+    "another commit": (
+        lambda p: p["metadata"]["atlas"].update(commit="0" * 12), "from commit 000000000000"
     ),
-    "other commit": (lambda f: change(f / "build.json", commit="0" * 40), "from commit 0000"),
-    "dirty": (lambda f: change(f / "build.json", dirty=True), "uncommitted changes"),
-    "not built": (shutil.rmtree, "is not a finished build"),
-    "half a page": (lambda f: os.truncate(f / "notebook.ipynb", 900), "is not a finished build"),
-} | {
-    f"a token ({name})": (
-        lambda f, token=token: edit(f, lambda p: append(p, f"a = '{token}'")),
-        "holds what looks like a key or token",
-    )
-    for name, token in TOKENS.items()
+    "a dirty build": (
+        lambda p: p["metadata"]["atlas"].update(commit=p["metadata"]["atlas"]["commit"] + "-dirty"),
+        "uncommitted changes",
+    ),
+    "no build": (lambda p: p["metadata"].pop("atlas"), "is not a finished build"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SENT_GUARDS)
-def test_a_guard_refuses_before_anything_is_sent(name, builds, kaggle, here):
-    plant, words = SENT_GUARDS[name]
-    plant(builds / FIRST)
-    code, out, err = here("push", FIRST)
-    assert (code, out) == (2, "")
-    assert words in sentence(err)
+@pytest.mark.parametrize("name", PUSH_GUARDS)
+def test_a_build_that_is_not_as_it_was_is_refused_before_any_request(name, builds, kaggle, here):
+    plant, words = PUSH_GUARDS[name]
+    edit(builds / FIRST, plant)
+    here("push", FIRST, code=2, words=words)
+    os.truncate(builds / FIRST / "notebook.ipynb", 900)
+    here("push", FIRST, code=2, words="is not a finished build")
     assert kaggle.calls == []
 
 
-def test_a_value_of_the_environment_is_found_wherever_it_is(builds, kaggle, here, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "canaryvalue")
-    edit(builds / FIRST, lambda page: page["metadata"].update({"note": "canaryvalue"}))
-    code, _, err = here("push", FIRST)
-    assert code == 2
-    assert "holds HF_TOKEN" in sentence(err)
-    assert "canaryvalue" not in err
+def test_a_secret_of_the_environment_is_found_at_the_push_too(builds, here, monkeypatch):
+    text = read(builds / FIRST, "notebook.ipynb")["cells"][0]["source"][2:20]
+    monkeypatch.setenv("HF_TOKEN", text)
+    assert text not in here("push", FIRST, code=2, words="holds HF_TOKEN")
 
 
-def test_hashes_and_the_packed_text_are_no_secrets(builds):
-    for stage in kernels.STAGES:
-        bundle.guard(builds / stage)
+@pytest.mark.parametrize("name", TOKENS)
+def test_every_kind_of_key_is_found(name):
+    text = json.dumps({"source": f"a = '{TOKENS[name]}'"})
+    assert leaks.finding(text) == "what looks like a key or token"
 
 
+def plant_in_notebook(clone: Path, function) -> None:
+    path = clone / "notebooks" / f"{FIRST}.ipynb"
+    page = json.loads(path.read_bytes())
+    function(page)
+    path.write_text(json.dumps(page), "utf-8")
+
+
+DIRTY = ["--allow-dirty"]
 BUILD_GUARDS = {
     "untracked file": (lambda c: (c / "new.txt").write_text("x"), [], "uncommitted changes"),
     "secret in a packed file": (
-        lambda c: (c / "configs" / "new.yaml").write_text(f"token: {TOKENS['hub']}"),
-        ["--allow-dirty"],
+        lambda c: (c / "configs" / "new.yaml").write_text(f"token: {TOKENS['hub']}"), DIRTY,
         "configs/new.yaml holds what looks like a key or token",
     ),
     "secret in a parameter": (
-        lambda c: None,
-        ["--set", f"run.wandb_project={TOKENS['kaggle']}"],
+        lambda c: None, ["--set", f"run.wandb_project={TOKENS['kaggle']}"],
         "holds what looks like a key or token",
     ),
-    "nothing to stamp": (
-        lambda c: (c / "notebooks" / f"{FIRST}.ipynb").write_text(
-            (c / "notebooks" / f"{FIRST}.ipynb").read_text().replace("REPOSITORY, REF", "URL, REF")
-        ),
-        ["--allow-dirty"],
-        "to stamp the commit into",
+    "too large": (
+        lambda c: (c / "configs" / "new.yaml").write_text(os.urandom(1_000_000).hex()), DIRTY,
+        "bytes, and Kaggle accepts 1,000,000",
     ),
     "unknown config": (lambda c: None, ["--config", "nope"], "Unknown config 'nope'"),
     "unknown key": (lambda c: None, ["--set", "train.max_step=1"], "'train.max_steps'"),
     "no value": (lambda c: None, ["--set", "train.max_steps"], "KEY=VALUE"),
+    "no checkout": (lambda c: (c / ".git").rename(c / "git"), [], "is not a git checkout"),
 }  # fmt: skip
 
 
+@pytest.fixture
+def restored(clone):
+    yield clone
+    if (clone / "git").exists():
+        (clone / "git").rename(clone / ".git")
+    git(clone, "checkout", "-q", ".")
+    git(clone, "clean", "-fdq", "-e", "build")
+
+
 @pytest.mark.parametrize("name", BUILD_GUARDS)
-def test_a_build_that_is_refused_leaves_nothing(name, clone, tmp_path):
+def test_a_build_that_is_refused_leaves_nothing(name, restored, tmp_path):
     plant, args, words = BUILD_GUARDS[name]
-    plant(clone)
+    plant(restored)
     out = tmp_path / "out"
-    try:
-        done = python(clone, "tools.kernels", "build", FIRST, "--out-folder", str(out), *args)
-    finally:
-        git(clone, "checkout", "-q", ".")
-        git(clone, "clean", "-fdq", "-e", "build")
+    done = build(restored, FIRST, "--out-folder", out, *args)
     assert (done.returncode, done.stdout) == (2, "")
-    assert words in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert not list(out.rglob("*"))
+    assert words in sentence(done.stderr)
+    assert not out.exists()
 
 
-def test_a_dirty_tree_may_be_built_and_says_so_and_outputs_stay_out(clone, tmp_path):
-    source = clone / "notebooks" / f"{FIRST}.ipynb"
-    page = json.loads(source.read_bytes())
-    output(page)
-    source.write_text(json.dumps(page), "utf-8")
-    args = ("build", FIRST, "--allow-dirty", "--out-folder", str(tmp_path))
-    try:
-        done = python(clone, "tools.kernels", *args)
-    finally:
-        git(clone, "checkout", "-q", ".")
+def test_a_dirty_tree_may_be_built_and_says_so_and_outputs_stay_out(restored, tmp_path):
+    plant_in_notebook(restored, output)
+    done = build(restored, FIRST, "--allow-dirty", "--out-folder", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert read(tmp_path / FIRST, "build.json")["dirty"]
+    assert record(tmp_path / FIRST)["commit"].endswith("-dirty")
     assert payload(tmp_path).endswith('-dirty"')
-    assert not any(
-        cell.get("outputs") for cell in read(tmp_path / FIRST, "notebook.ipynb")["cells"]
-    )
+    page = read(tmp_path / FIRST, "notebook.ipynb")
+    assert not any(cell.get("outputs") for cell in page["cells"])
 
 
-@pytest.mark.parametrize("verb", ["build", "push", "wait", "fetch", "chain", "status", "delete"])
-def test_an_unknown_stage_is_one_sentence(verb, kaggle, here):
-    code, out, err = here(verb, "05_dpo")
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].endswith(
-        "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit, 03_sft_train, "
-        "04_ifeval_eval"
-    )
-
-
-@pytest.mark.parametrize("verb", ["push", "delete"])
-def test_what_changes_something_wants_names(verb, kaggle, here):
-    code, _, err = here(verb)
-    assert (code, "name the stages" in err) == (2, True)
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("build", "05_dpo"), "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit"),
+        (("chain", "05_dpo"), "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit"),
+        (("push",), "required: STAGE"),
+        (("delete",), "required: STAGE"),
+        (("wait", "--set", "a=1"), "unrecognized arguments: --set"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(args, words, kaggle, here):
+    here(*args, code=2, words=words)
     assert kaggle.calls == []
 
 
 # --- what is sent ---------------------------------------------------------------------------------
 
 
-def expected_body(stage: str, **more) -> dict:
-    about = kernels.STAGES[stage]
+def expected_body(stage: str, alone: bool = False) -> dict:
     gpu = {"machineShape": "NvidiaTeslaT4"} if stage in (THIRD, FOURTH) else {}
-    sources = [f"agaonker/{bundle.slug(kernels.STAGES[n].title)}" for n in about.needs]
-    attached = {"kernelDataSources": sources} if sources else {}
+    needed = [] if alone else [bundle.kernel_id("agaonker", need) for need in STAGES[stage].needs]
     return {
-        "slug": f"agaonker/{bundle.slug(about.title)}",
-        "newTitle": about.title,
+        "slug": bundle.kernel_id("agaonker", stage),
+        "newTitle": f"Atlas {stage.replace('_', ' ')}",
         "language": "python",
         "kernelType": "notebook",
         "isPrivate": True,
         "enableGpu": bool(gpu),
         "enableTpu": False,
         "enableInternet": True,
-        **attached,
+        **({"kernelDataSources": needed} if needed else {}),
         **gpu,
-    } | more
+    }
 
 
-def without_text(body: dict) -> dict:
-    return {key: value for key, value in body.items() if key != "text"}
-
-
-def check_text(body: dict, built: bool = True) -> None:
+def check_body(body: dict, stage: str, alone: bool = False, built: bool = True) -> None:
     page = json.loads(body["text"])
     assert page["metadata"]["kernelspec"]["name"] == "python3"
     assert not any(cell.get("outputs") for cell in page["cells"])
-    assert sum("PACKED = " in "".join(cell["source"]) for cell in page["cells"]) == built
+    assert sum(cell["id"] == "payload" for cell in page["cells"]) == built
     assert len(body["text"]) < 1_000_000
+    assert body == expected_body(stage, alone) | {"text": body["text"]}
 
 
-def cli(folder: Path, kaggle, home: Path, *args: str) -> subprocess.CompletedProcess:
-    command = [str(Path(sys.executable).parent / "kaggle"), *args]
-    env = {"PATH": os.environ["PATH"]} | environment(kaggle, home)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
-def test_kaggles_own_command_pushes_the_sft_kernel_from_the_top(clone, kaggle, tmp_path):
-    done = cli(clone, kaggle, tmp_path, "kernels", "push", "-p", ".")
+@pytest.mark.parametrize("stage", ["the checkout", *STAGES])
+def test_kaggles_own_command_pushes_a_build_and_the_checkout(
+    stage, clone, builds, kaggle, tmp_path
+):
+    """`kaggle kernels push -p`, which the checkout's own metadata makes a push of 03 alone."""
+    built = stage in STAGES
+    cli = [Path(sys.executable).parent / "kaggle", "kernels", "push", "-p"]
+    done = subprocess.run(
+        [*cli, builds / stage if built else clone], capture_output=True, text=True,
+        env={"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path),
+    )  # fmt: skip
     assert "Kernel version 1 successfully pushed" in done.stdout
     assert len(done.stdout.splitlines()) == 1  # no warning of another slug
     [body] = kaggle.bodies("SaveKernel")
-    assert without_text(body) == {
-        key: value for key, value in expected_body(THIRD).items() if key != "kernelDataSources"
-    }
-    check_text(body, built=False)
+    check_body(body, stage if built else THIRD, alone=not built, built=built)
 
 
-@pytest.mark.parametrize("stage", kernels.STAGES)
-def test_kaggles_own_command_pushes_a_build(stage, builds, kaggle, tmp_path):
-    done = cli(builds, kaggle, tmp_path, "kernels", "push", "-p", stage)
-    assert "Kernel version 1 successfully pushed" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
-    [body] = kaggle.bodies("SaveKernel")
-    assert without_text(body) == expected_body(stage)
-    check_text(body)
-
-
-def test_the_chain_from_nothing(kaggle, builds, tool, tmp_path):
-    done = tool("chain")
-    assert (done.returncode, done.stderr) == (0, "")
-    bodies = kaggle.bodies("SaveKernel")
-    assert [without_text(body) for body in bodies] == list(map(expected_body, kernels.STAGES))
-    for body in bodies:
-        check_text(body)
-    for stage in kernels.STAGES:
+def test_the_chain_from_nothing(kaggle, builds, here, tmp_path):
+    out = here("chain")
+    for stage, body in zip(STAGES, kaggle.bodies("SaveKernel"), strict=True):
+        check_body(body, stage)
         for state in stub_kaggle.WALK:
-            assert f"{stage} version 1: {state}, " in done.stdout
+            assert f"{stage} version 1: {state}, " in out
         assert (tmp_path / "runs" / stage / "rows.jsonl").read_text() == "{}\n"
         assert (tmp_path / "runs" / "notebooks" / f"{stage}.ipynb").is_file()
-        record = read(builds / stage, "pushed.json")
-        assert (record["version"], record["ref"].split("/")[0]) == (1, "agaonker")
-        assert record["url"].startswith(REAL_ADDRESS)
-        assert record["when"].startswith("20")
+        ref = bundle.kernel_id("agaonker", stage)
+        assert read(builds / stage, "pushed.json")["name"] == f"{ref}/1"
+        assert f"https://www.kaggle.com/code/{ref}" in out
     kept = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert kept == {*kernels.STAGES, "notebooks", "metrics.json"}
-    # each state, and each file, was asked of the version just pushed
-    for method in ("GetKernelSessionStatus", "ListKernelSessionOutput"):
-        assert {body["versionLabel"] for body in kaggle.bodies(method)} == {"v1"}
-    again = tool("chain")
-    assert again.returncode == 0
-    assert "version 1 of this build is COMPLETE" in again.stdout
+    assert kept == {*STAGES, "notebooks", "metrics.json"}
+    here("chain")
     assert len(kaggle.bodies("SaveKernel")) == 4
 
 
-def test_alone_attaches_nothing_and_asks_for_nothing_before(kaggle, here):
-    code, out, _ = here("push", FOURTH, "--alone")
-    assert (code, "pushed as version 1" in out) == (0, True)
-    [body] = kaggle.bodies("SaveKernel")
-    wanted = expected_body(FOURTH)
-    del wanted["kernelDataSources"]
-    assert without_text(body) == wanted
+def test_alone_attaches_nothing_and_what_is_sent_is_not_read_from_the_folder(builds, kaggle, here):
+    (builds / FOURTH / "kernel-metadata.json").write_text('{"id": "x/y", "title": "other"}')
+    here("push", FOURTH, "--alone", words="pushed as version 1")
+    check_body(*kaggle.bodies("SaveKernel"), FOURTH, alone=True)
     assert kaggle.bodies("GetKernelSessionStatus") == []
 
 
 # --- what Kaggle may answer -----------------------------------------------------------------------
 
-GOOD = {"ref": f"/code/agaonker/{SLUG}", "url": f"{REAL_ADDRESS}/code/agaonker/{SLUG}"}
+GOOD = {"ref": f"/code/{REF}", "url": f"https://www.kaggle.com/code/{REF}"}
 GOOD |= {"versionNumber": 7, "kernelId": 42}
 ALWAYS = 9  # more often than it is asked
 HTML = (200, "<html>Please log in</html>", {})
+SESSIONS = {"error": "Maximum batch GPU session count of 2 reached."}
+DROPPED = {"invalidKernelSources": ["a/b"], "invalidDatasetSources": ["a/c"], "invalidTags": ["f"]}
+DROPPED |= {"invalidCompetitionSources": ["d"], "invalidModelSources": ["e"]}
 # name -> (answers to the push, exit code, words, times sent)
 PUSH_ANSWERS = {
     "good": ([GOOD], 0, "pushed as version 7", 1),
     "the short good one": ([GOOD | {"ref": f"/agaonker/{SLUG}", "url": ""}], 0, "version 7", 1),
-    "a version and no word more": ([{"versionNumber": 7}], 0, f"/code/agaonker/{SLUG}", 1),
-    "error": ([{"error": "Something is wrong"}], 3, "did not take agaonker/" + SLUG, 1),
+    "a version and no word more": ([{"versionNumber": 7}], 0, f"/code/{REF}", 1),
+    "error": ([{"error": "Something is wrong"}], 3, f"did not start {REF}", 1),
     "not found": ([{"error": "Kernel not found"}], 3, "Kernel not found", 1),
     "weekly quota": (
-        [{"error": "Maximum weekly GPU quota of 30.00 hours reached."}], 3, "quota is used up", 1
+        [{"error": "Maximum weekly GPU quota of 30.00 hours reached."}], 3, "weekly GPU quota", 1
     ),
-    "two sessions": (
-        [{"error": "Maximum batch GPU session count of 2 reached."}] * ALWAYS, 4, "session count", 3
+    "two sessions": ([SESSIONS] * ALWAYS, 4, "session count", 3),
+    "two sessions at first": ([SESSIONS], 0, "Retrying in 0 s", 2),
+    "capacity": ([{"error": "No GPU capacity available"}] * ALWAYS, 4, "No GPU capacity", 3),
+    "dropped": (
+        [GOOD | DROPPED], 3, "version 7, but without dataset source a/c, competition source d, "
+        "kernel source a/b, model source e, tag f: stop", 1
     ),
-    "two sessions at first": (
-        [{"error": "Maximum batch GPU session count of 2 reached."}], 0, "(1/2)", 2
-    ),
-    "capacity": ([{"error": "No GPU capacity available"}] * ALWAYS, 4, "cannot start", 3),
-    "dropped kernel": (
-        [GOOD | {"invalidKernelSources": ["a/b"]}], 3, "but without kernel source a/b", 1
-    ),
-    "dropped dataset": (
-        [GOOD | {"invalidDatasetSources": ["a/c"]}], 3, "but without dataset source a/c", 1
-    ),
-    "dropped competition": (
-        [GOOD | {"invalidCompetitionSources": ["d"]}], 3, "without competition source d", 1
-    ),
-    "dropped model": ([GOOD | {"invalidModelSources": ["e"]}], 3, "without model source e", 1),
-    "dropped tag": ([GOOD | {"invalidTags": ["f"]}], 3, "without tag f", 1),
     "no version": ([GOOD | {"versionNumber": None}], 3, "named no version", 1),
     "another slug": (
-        [GOOD | {"ref": "/code/agaonker/atlas-01-x", "url": ""}], 3, "saved agaonker/" + SLUG, 1
+        [GOOD | {"ref": "/code/agaonker/atlas-01-x", "url": ""}], 3, f"saved {REF}", 1
     ),
     "another owner": (
         [GOOD | {"ref": f"/code/bob/{SLUG}", "url": ""}], 3, f"as /code/bob/{SLUG}", 1
     ),
     "empty": ([{}], 3, "named no version", 1),
     "a list": ([(200, [], {})], 3, "named no version", 1),
-    "html": ([HTML] * ALWAYS, 4, "the answer is a page", 3),
+    "html": ([HTML] * ALWAYS, 4, "the answer is not JSON", 3),
     "html once": ([HTML], 0, "pushed as version 1", 2),
     "401": ([(401, {"message": "Unauthenticated"}, {})], 3, "(401)", 1),
     "403": ([(403, {"message": "Phone verification needed"}, {})], 3, "Phone verification", 1),
@@ -645,7 +527,7 @@ PUSH_ANSWERS = {
     "400": ([(400, {"message": "Title too long"}, {})], 3, "Title too long", 1),
     "403 in a good answer": ([{"code": 403, "message": "Denied"}], 3, "(403)", 1),
     "429": ([(429, "", {"Retry-After": "0"})] * ALWAYS, 4, "answers 429", 3),
-    "429 once": ([(429, "", {"Retry-After": "1"})], 0, "again in 1 s (1/2)", 2),
+    "429 once": ([(429, "", {"Retry-After": "1"})], 0, "Retrying in 1 s", 2),
     "500": ([(500, "oops", {})] * ALWAYS, 4, "answers 500", 3),
     "503 once": ([(503, "", {})], 0, "answers 503", 2),
     "hung up": ([stub_kaggle.HANG_UP] * ALWAYS, 4, "no connection", 3),
@@ -660,45 +542,44 @@ PUSH_ANSWERS = {
 def test_every_answer_to_a_push_has_its_name_and_code(name, kaggle, builds, here):
     answers, code, words, times = PUSH_ANSWERS[name]
     kaggle.planted["SaveKernel"] = list(answers)
-    ended, out, err = here("push", FIRST)
-    assert (ended, "Traceback" in err) == (code, False)
-    assert words in (out if code == 0 else sentence(err))
+    assert stub_kaggle.KEY not in here("push", FIRST, code=code, words=words)
     assert len(kaggle.bodies("SaveKernel")) == times
-    assert stub_kaggle.KEY not in out + err
-    record = read(builds / FIRST, "pushed.json")
-    assert bool(record.get("version")) == (code == 0)
+    assert (builds / FIRST / "pushed.json").exists() == (code == 0)
 
 
 def test_what_stays_lost_is_found_by_the_same_command_later(kaggle, here):
     kaggle.planted["SaveKernel"] = [stub_kaggle.LOST]
-    kaggle.planted["GetKernel"] = [None] + [(503, "", {})] * 2
-    assert here("push", FIRST)[0] == 4
-    code, out, _ = here("push", FIRST)
-    assert (code, "pushed as version 1" in out) == (0, True)
+    kaggle.planted["GetKernel"] = [None, None] + [(503, "", {})] * 2
+    here("push", FIRST, code=4)
+    here("push", FIRST, words="pushed as version 1")
     assert len(kaggle.bodies("SaveKernel")) == 1
 
 
+def test_a_build_that_kaggle_has_is_not_pushed_twice(kaggle, builds, here):
+    for _ in range(2):
+        here("push", FOURTH, "--alone")
+    assert len(kaggle.bodies("SaveKernel")) == 1
+    kaggle.kernels["atlas-04-ifeval-eval"][0].body["kernelDataSources"] = ["bob/other"]
+    here("push", FOURTH, "--alone")
+    edit(builds / FOURTH, lambda page: page["metadata"]["atlas"].update(id="another build"))
+    here("push", FOURTH, "--alone")
+    assert len(kaggle.bodies("SaveKernel")) == 3
+
+
 def test_a_refused_push_forgets_no_earlier_version(kaggle, builds, here):
-    assert here("push", FIRST)[0] == 0
+    walk(kaggle, "ERROR")
+    here("push", FIRST)
     kaggle.planted["SaveKernel"] = [{"error": "quota"}]
-    assert here("push", FIRST)[0] == 3
+    here("push", FIRST, code=3)
     assert read(builds / FIRST, "pushed.json")["version"] == 1
-    assert here("wait", FIRST)[0] == 0
 
 
 def test_kaggle_that_never_answers(kaggle, here, monkeypatch):
-    monkeypatch.setattr(service, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(service, "TIMEOUT", 0.2)
     kaggle.planted["SaveKernel"] = [stub_kaggle.SILENT] * ALWAYS
-    code, _, err = here("push", FIRST)
-    assert code == 4
-    assert "does not answer in time" in sentence(err)
-
-
-def test_a_way_that_does_not_exist(kaggle, here, monkeypatch):
+    here("push", FIRST, code=4, words="does not answer in time")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    code, _, err = here("push", FIRST)
-    assert code == 4
-    assert "no connection" in sentence(err)
+    here("push", FIRST, code=4, words="no connection")
 
 
 # --- credentials ----------------------------------------------------------------------------------
@@ -710,7 +591,7 @@ CREDENTIALS = {
         {"KAGGLE_USERNAME": "", "KAGGLE_KEY": "", "KAGGLE_API_TOKEN": ""},
         None,
         3,
-        "KAGGLE_API_TOKEN, KAGGLE_KEY, KAGGLE_USERNAME is empty, which counts as absent",
+        "KAGGLE_API_TOKEN, KAGGLE_KEY, KAGGLE_USERNAME is empty, which counts as missing",
     ),
     "a name without a key": ({"KAGGLE_KEY": None}, None, 3, "No Kaggle credentials"),
     "a token": (NONE | {"KAGGLE_API_TOKEN": "canarytoken1"}, None, 0, ""),
@@ -718,11 +599,11 @@ CREDENTIALS = {
         {"KAGGLE_API_TOKEN": "canarytoken1"}, (401, {"message": "no"}, {}), 3, "(401)"
     ),
     "a token expired, and a good key": (
-        {"KAGGLE_API_TOKEN": "canarytoken1"}, {"active": False}, 3, "renew or unset it"
+        {"KAGGLE_API_TOKEN": "canarytoken1"}, {"active": False}, 3, "renew it or unset it"
     ),
     "another account": (
         NONE | {"KAGGLE_API_TOKEN": "canarytoken1"}, {"active": True, "username": "bob"}, 2,
-        f"agaonker/{SLUG} does not belong to bob",
+        f"{REF} does not belong to the account bob",
     ),
 }  # fmt: skip
 
@@ -736,10 +617,7 @@ def test_credentials(name, kaggle, here, monkeypatch):
         else:
             monkeypatch.setenv(variable, value)
     kaggle.planted["IntrospectToken"] = [introspection] * ALWAYS
-    ended, out, err = here("push", FIRST)
-    assert ended == code
-    assert words in (sentence(err) if code else out)
-    assert "canarytoken1" not in out + err
+    assert "canarytoken1" not in here("push", FIRST, code=code, words=words)
     assert bool(kaggle.bodies("SaveKernel")) == (code == 0)
     if name == "a token":
         assert kaggle.authorizations == {"Bearer canarytoken1"}
@@ -755,64 +633,47 @@ def plant_first(kaggle, builds, states=("COMPLETE",), **manifest) -> None:
 
 
 UPSTREAM = {
-    "still running": ({"states": ["RUNNING"]}, "is RUNNING: wait for it"),
-    "queued": ({"states": ["QUEUED"]}, "is QUEUED: wait for it"),
-    "failed": ({"states": ["ERROR"]}, "is ERROR: push it again"),
-    "cancelled": ({"states": ["CANCEL_ACKNOWLEDGED"]}, "push it again"),
-    "another commit": ({"commit": "0" * 12}, "of another commit: 000000000000 there"),
-    "another configuration": ({"config_digest": "f" * 12}, "of another configuration: ffff"),
+    "still running": ({"states": ["RUNNING"]}, "is RUNNING; wait for it"),
+    "queued": ({"states": ["QUEUED"]}, "is QUEUED; wait for it"),
+    "failed": ({"states": ["ERROR"]}, "is ERROR; push it"),
+    "cancelled": ({"states": ["CANCEL_ACKNOWLEDGED"]}, "push it"),
+    "another commit": ({"commit": "0" * 12}, "commit is 000000000000 there"),
+    "another configuration": (
+        {"config_digest": "f" * 12, "digest": "f" * 12}, "digest is ffffffffffff there"
+    ),
     "a damaged manifest": ({"outputs": None, "stage": None}, "does not fit"),
-}
+    "never pushed": (None, f"01_data_prep has to run first, and {REF} is ABSENT; push it."),
+    "no manifest": ({}, "left no 01_data_prep/manifest.json"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_an_upstream_that_does_not_fit_is_one_sentence(name, kaggle, builds, here):
     planted, words = UPSTREAM[name]
-    plant_first(kaggle, builds, **planted)
-    code, out, err = here("push", SECOND)
-    assert (code, out) == (2, "")
-    assert words in sentence(err)
-    assert f"agaonker/{SLUG}" in err
+    if planted is not None:
+        plant_first(kaggle, builds, **planted)
+    if name == "no manifest":
+        kaggle.kernels[SLUG][0].files = {}
+    assert REF in here("push", SECOND, code=2, words=words)
     assert kaggle.bodies("SaveKernel") == []
-
-
-def test_an_upstream_that_was_never_pushed(kaggle, here):
-    code, _, err = here("push", SECOND)
-    assert code == 2
-    assert f"01_data_prep comes first, and agaonker/{SLUG} is not there: push it." in err
-    assert kaggle.bodies("SaveKernel") == []
-
-
-def test_an_upstream_that_left_nothing(kaggle, builds, here):
-    plant_first(kaggle, builds)
-    kaggle.kernels[SLUG][0].files = {}
-    code, _, err = here("push", SECOND)
-    assert (code, "left no 01_data_prep/manifest.json" in sentence(err)) == (2, True)
-
-
-def test_an_upstream_of_another_machine_that_fits_is_enough(kaggle, builds, here):
-    plant_first(kaggle, builds)
-    assert here("push", SECOND)[0] == 0
 
 
 def test_too_little_quota_stops_a_gpu_stage_only(kaggle, here):
     kaggle.gpu_hours = (29.5, 30.0)
-    code, _, err = here("push", THIRD, "--alone")
-    assert code == 3
-    assert "needs 1 GPU hours; 0.5 of 30 are left until 2026-11-28 00:00 UTC" in sentence(err)
+    words = "needs 1 GPU hours; 0.5 of 30 are left until 2026-11-28 00:00 UTC"
+    here("push", THIRD, "--alone", code=3, words=words)
     assert kaggle.bodies("SaveKernel") == []
-    assert here("push", FIRST)[0] == 0
-    code, out, _ = here("quota")
-    assert (code, "0.5 of 30 hours left" in out) == (0, True)
+    here("push", FIRST)
+    here("quota", words="0.5 of 30 hours left")
 
 
-@pytest.mark.parametrize("answer", [(500, "", {}), (403, "", {}), {}, HTML])
-def test_a_quota_that_cannot_be_read_is_a_warning(answer, kaggle, here):
+@pytest.mark.parametrize(
+    ("answer", "code"), [((500, "", {}), 4), ((403, "", {}), 3), ({}, 4), (HTML, 4)]
+)
+def test_a_quota_that_cannot_be_read_is_a_warning(answer, code, kaggle, here):
     kaggle.planted["GetAcceleratorQuotaStatistics"] = [answer] * ALWAYS
-    code, out, _ = here("push", THIRD, "--alone")
-    assert (code, "warning: Cannot look at the GPU quota" in out) == (0, True)
-    kaggle.planted["GetAcceleratorQuotaStatistics"] = [answer] * ALWAYS
-    assert here("quota")[0] in (3, 4)
+    here("push", THIRD, "--alone", words="warning: Cannot look at the GPU quota")
+    here("quota", code=code)
 
 
 # --- waiting --------------------------------------------------------------------------------------
@@ -831,9 +692,9 @@ def walk(kaggle, *states, failure=None) -> None:
 
 WALKS = {
     "ERROR": (("QUEUED", "RUNNING", "ERROR"), (), 1, "version 1 failed: out of memory"),
-    "cancelled": (("CANCEL_REQUESTED",), (), 1, "was cancelled (CANCEL_REQUESTED)"),
+    "cancelled": (("CANCEL_REQUESTED",), (), 1, "ended in the state CANCEL_REQUESTED"),
     "a new script": (("NEW_SCRIPT", "RUNNING", "COMPLETE"), (), 0, ""),
-    "an unknown state": (("PAUSED",), (), 4, "Kaggle answers 'PAUSED', unknown here"),
+    "an unknown state": (("PAUSED",), (), 4, "KeyError: 'PAUSED'"),
     "unknown for a moment": (("PAUSED", "RUNNING", "COMPLETE"), (), 0, ""),
     "too long": (("RUNNING",), ("--deadline", "0.005"), 5, "is RUNNING after 0.005 minutes"),
 }
@@ -843,93 +704,84 @@ WALKS = {
 def test_every_end_of_a_kernel_has_its_code(name, kaggle, here):
     states, args, code, words = WALKS[name]
     walk(kaggle, *states, failure="out of memory" if "ERROR" in states else None)
-    assert here("push", FIRST)[0] == 0
-    ended, out, err = here("wait", FIRST, *args)
-    assert ended == code
-    assert not words or words in sentence(err)
+    here("push", FIRST)
+    out = here("wait", FIRST, *args, code=code, words=words)
     if name == "ERROR":
-        assert [line for line in out.splitlines() if line.startswith("  ")] == [
-            f"  line {n}" for n in range(10, 40)
-        ]
-        assert here("status", FIRST)[0] == 1
+        shown = [line for line in out.splitlines() if line.startswith("  ")]
+        assert shown == [f"  line {n}" for n in range(40, 140)]
+        assert "ERROR out of memory" in here("status", FIRST, code=1)
 
 
 def test_single_polls_may_fail_and_not_too_many(kaggle, here):
     walk(kaggle, *["RUNNING"] * 4, "COMPLETE")
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     faults = [(500, "", {}), None, (404, "", {}), stub_kaggle.HANG_UP, None, HTML]
     kaggle.planted["GetKernelSessionStatus"] = list(faults)
-    assert here("wait", FIRST)[0] == 0
+    here("wait", FIRST)
     kaggle.planted["GetKernelSessionStatus"] = [(503, "", {})] * ALWAYS
-    code, _, err = here("wait", FIRST)
-    assert (code, "answers 503" in sentence(err)) == (4, True)
+    here("wait", FIRST, code=4, words="answers 503")
 
 
-def test_the_version_just_pushed_is_the_one_that_is_followed(kaggle, builds, here, tmp_path):
-    """The one before is complete and still shown as the latest; ours runs, and then fails."""
-    assert here("push", FIRST)[0] == 0
-    assert here("wait", FIRST)[0] == 0
-    walk(kaggle, "RUNNING", "RUNNING", "ERROR")
-    assert here("push", FIRST)[0] == 0
+def test_the_version_just_pushed_is_the_one_that_is_followed(kaggle, here):
+    """The one before has failed and is still shown as the latest."""
+    walk(kaggle, "ERROR")
+    here("push", FIRST)
+    walk(kaggle, "RUNNING", "RUNNING", "COMPLETE")
+    here("push", FIRST)
     kaggle.behind = 1
-    code, out, err = here("wait", FIRST)
-    assert (code, "version 2 failed" in sentence(err)) == (1, True)
-    assert "version 2: RUNNING" in out
-    assert "COMPLETE" not in out
+    assert "ERROR" not in here("wait", FIRST, words="version 2: RUNNING")
 
 
 def test_nothing_is_followed_that_was_not_pushed(kaggle, here):
     for verb in ("wait", "fetch"):
-        code, _, err = here(verb, FIRST)
-        assert (code, "was not pushed" in sentence(err)) == (2, True)
+        here(verb, FIRST, code=2, words="was not pushed")
     assert kaggle.calls == []
 
 
-def test_status_tells_each_stage(kaggle, here):
-    assert here("push", FIRST)[0] == 0
-    code, out, _ = here("status")
-    assert code == 0
-    first, second, *_ = out.splitlines()
-    assert first == f"01_data_prep: agaonker/{SLUG} version 1 QUEUED"
-    assert "agaonker/atlas-02-template-audit not there" in second
+def test_status_shows_each_stage(here):
+    here("push", FIRST)
+    first, second, *_ = here("status").splitlines()
+    assert first == f"01_data_prep: {REF}/1 QUEUED"
+    assert "agaonker/atlas-02-template-audit ABSENT" in second
 
 
 def test_delete(kaggle, builds, here):
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     kaggle.planted["DeleteKernel"] = [{"errorMessage": "Kernel is in use"}]
-    code, _, err = here("delete", FIRST)
-    assert (code, "Kernel is in use" in sentence(err)) == (3, True)
-    assert here("delete", FIRST)[0] == 0
+    here("delete", FIRST, code=3, words="Kernel is in use")
+    here("delete", FIRST)
     assert kaggle.kernels == {}
     assert not (builds / FIRST / "pushed.json").exists()
-    code, _, err = here("delete", FIRST)
-    assert (code, "(404)" in sentence(err)) == (3, True)
+    here("delete", FIRST, code=3, words="(404)")
 
 
 # --- killed ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def killed(clone, builds, kaggle, tmp_path):
-    """Start a chain and end it the hard way as soon as `seen()` holds."""
+def started(clone, builds, kaggle, tmp_path):
+    """Start a chain as a process."""
 
-    def run(seen, *stages: str) -> None:
-        command = [sys.executable, "-m", "tools.kernels", *options("chain", builds, tmp_path)]
-        env = {"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path)
-        process = subprocess.Popen(
-            [*command, *stages], cwd=clone, env=env, stdout=subprocess.DEVNULL
-        )
-        while not seen():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
+    def start(*stages: str, **env: str) -> subprocess.Popen:
+        args = ["-m", "tools.kernels", *command(builds, tmp_path, "chain", *stages)[1:]]
+        env = {"PATH": os.environ["PATH"]} | environment(kaggle, tmp_path) | env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *args], cwd=clone, env=env, **pipes)
 
-    return run
+    return start
+
+
+def kill(process: subprocess.Popen, seen) -> None:
+    """End it the hard way as soon as `seen()` holds."""
+    while not seen():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
 
 
 def test_a_chain_that_was_killed_goes_on_and_pushes_nothing_twice(
-    builds, kaggle, killed, tool, tmp_path
+    builds, kaggle, started, here, tmp_path
 ):
     def run(slug, version):
         finish(builds, slug, version)
@@ -940,45 +792,32 @@ def test_a_chain_that_was_killed_goes_on_and_pushes_nothing_twice(
         return "atlas-02-template-audit" in asked
 
     kaggle.run = run
-    killed(second_is_awaited, FIRST, SECOND)
+    kill(started(FIRST, SECOND), second_is_awaited)
     kaggle.kernels["atlas-02-template-audit"][0].walk = ["RUNNING", "COMPLETE"]
-    done = tool("chain", FIRST, SECOND)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "version 1 of this build is RUNNING" in done.stdout
+    here("chain", FIRST, SECOND)
     assert len(kaggle.bodies("SaveKernel")) == 2
     assert (tmp_path / "runs" / SECOND / "manifest.json").is_file()
 
 
-def test_a_push_that_was_killed_before_its_answer_is_found(kaggle, killed, here):
+def test_a_push_that_was_killed_before_its_answer_is_found(kaggle, started, here):
     kaggle.planted["SaveKernel"] = [stub_kaggle.SAVED_SILENTLY]
-    killed(lambda: kaggle.kernels, FIRST)
-    code, out, _ = here("chain", FIRST)
-    assert (code, "pushed as version 1" in out) == (0, True)
+    kill(started(FIRST), lambda: kaggle.kernels)
+    here("chain", FIRST, words="pushed as version 1")
     assert len(kaggle.bodies("SaveKernel")) == 1
 
 
-def test_a_failed_version_is_pushed_again_by_the_chain(kaggle, here):
+def test_a_version_that_failed_or_was_deleted_is_pushed_again_by_the_chain(kaggle, here):
     good = kaggle.run
     walk(kaggle, "ERROR")
-    assert here("chain", FIRST)[0] == 1
+    here("chain", FIRST, code=1)
     kaggle.run = good
-    code, out, _ = here("chain", FIRST)
-    assert (code, "pushed as version 2" in out) == (0, True)
-
-
-def test_a_version_that_was_deleted_there_is_pushed_again(kaggle, here):
-    assert here("chain", FIRST)[0] == 0
+    here("chain", FIRST, words="pushed as version 2")
     kaggle.kernels.clear()
-    code, out, _ = here("chain", FIRST)
-    assert (code, "version 1 of this build is DELETED" in out) == (0, True)
-    assert len(kaggle.bodies("SaveKernel")) == 2
+    here("chain", FIRST, words="pushed as version 1")
+    assert len(kaggle.bodies("SaveKernel")) == 3
 
 
 # --- fetching -------------------------------------------------------------------------------------
-
-
-def lose(version) -> None:
-    del version.files[f"{FIRST}/manifest.json"]
 
 
 def leak(version, name: str, text: str) -> None:
@@ -986,13 +825,15 @@ def leak(version, name: str, text: str) -> None:
 
 
 FETCHED = {
-    "no manifest": (lose, "left no 01_data_prep/manifest.json"),
+    "no manifest": (
+        lambda v: v.files.pop(f"{FIRST}/manifest.json"), "left no 01_data_prep/manifest.json"
+    ),
     "another file": (
         lambda v: v.files.update({f"{FIRST}/rows.jsonl": b"[]\n"}), "rows.jsonl is not the file"
     ),
     "a lost file": (lambda v: v.files.pop(f"{FIRST}/rows.jsonl"), "rows.jsonl is not the file"),
     "half a manifest": (
-        lambda v: v.files.update({f"{FIRST}/manifest.json": b"{"}), "manifest is damaged"
+        lambda v: v.files.update({f"{FIRST}/manifest.json": b"{"}), "manifest.json is damaged"
     ),
     "a token in the page": (
         lambda v: leak(v, f"notebooks/{FIRST}.ipynb", TOKENS["hub"]), "looks like a key or token"
@@ -1007,28 +848,25 @@ FETCHED = {
 @pytest.mark.parametrize("name", FETCHED)
 def test_a_result_that_is_wrong_is_one_sentence_and_stays_out(name, kaggle, here, tmp_path):
     plant, words = FETCHED[name]
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     plant(kaggle.kernels[SLUG][0])
-    code, out, err = here("fetch", FIRST)
-    assert code == (2 if name == "a name that climbs" else 1)
-    assert words in sentence(err)
-    assert stub_kaggle.KEY not in out + err
+    code = 2 if name == "a name that climbs" else 1
+    assert stub_kaggle.KEY not in here("fetch", FIRST, code=code, words=words)
     assert not list((tmp_path / "runs").rglob("*"))
 
 
 def test_an_output_that_is_refused_is_no_wrong_name(kaggle, here):
     """The client makes a ValueError of this one, which blames the kernel's name."""
-    assert here("push", FIRST)[0] == 0
+    here("push", FIRST)
     kaggle.planted["ListKernelSessionOutput"] = [(403, {"message": "Denied"}, {})]
-    code, _, err = here("fetch", FIRST)
-    assert (code, "(403)" in sentence(err)) == (3, True)
+    here("fetch", FIRST, code=3, words="(403)")
 
 
-def test_a_new_result_replaces_the_old_one(kaggle, here, tmp_path):
-    assert here("chain", FIRST)[0] == 0
+def test_a_new_result_replaces_the_old_one(here, tmp_path):
+    here("chain", FIRST)
     (tmp_path / "runs" / FIRST / "old").touch()
     (tmp_path / "runs" / "notebooks" / "other.ipynb").touch()
-    assert here("fetch", FIRST)[0] == 0
+    here("fetch", FIRST)
     assert not (tmp_path / "runs" / FIRST / "old").exists()
     assert (tmp_path / "runs" / "notebooks" / "other.ipynb").exists()
     assert not list((tmp_path / "runs").glob(".*"))
@@ -1037,22 +875,24 @@ def test_a_new_result_replaces_the_old_one(kaggle, here, tmp_path):
 # --- secrets --------------------------------------------------------------------------------------
 
 
-def test_no_secret_leaves_the_authorization_header(clone, builds, kaggle, tool, tmp_path):
+def test_no_secret_leaves_the_authorization_header(clone, builds, kaggle, started, tmp_path):
     canaries = {
         "KAGGLE_API_TOKEN": "KGAT_canary" + "0" * 24,
         "HF_TOKEN": "hf_canary" + "1" * 30,
         "WANDB_API_KEY": "canary" + "2" * 34,
         "KAGGLE_KEY": stub_kaggle.KEY,
     }
-    build = python(clone, "tools.kernels", "build", FIRST, "--out-folder", str(builds), **canaries)
+    done = build(clone, FIRST, "--out-folder", builds, **canaries)
+    assert done.returncode == 0
     walk(kaggle, "RUNNING", "ERROR", failure=f"401 for {canaries['HF_TOKEN']}")
-    done = tool("chain", FIRST, VERBOSE="1", **canaries)
-    assert (build.returncode, done.returncode) == (0, 1)
-    assert "401 for ***" in done.stderr
-    shown = build.stdout + build.stderr + done.stdout + done.stderr
+    process = started(FIRST, VERBOSE="1", **canaries)
+    shown = process.communicate()
+    assert (process.returncode, "401 for ***" in shown[1]) == (1, True)
+    assert "DEBUG" not in shown[1]  # the client's verbose output has headers and signed addresses
+    assert (builds / FIRST / "pushed.json").is_file()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.name == "pushed.json" for path in files)
-    texts = [shown, *(path.read_bytes().decode(errors="replace") for path in files)]
+    texts = [done.stdout, done.stderr, *shown]
+    texts += [path.read_bytes().decode(errors="replace") for path in files]
     # a token is introspected by Kaggle itself: there alone it is part of a body
     texts += [text for text in kaggle.texts if '"token"' not in text]
     for value in canaries.values():
@@ -1060,8 +900,9 @@ def test_no_secret_leaves_the_authorization_header(clone, builds, kaggle, tool, 
     assert kaggle.authorizations == {f"Bearer {canaries['KAGGLE_API_TOKEN']}"}
 
 
-def test_help_tells_the_exit_codes(clone):
-    done = python(clone, "tools.kernels", "--help")
-    assert done.returncode == 0
-    for code in range(6):
-        assert f"\n  {code}  " in done.stdout
+def test_help_shows_the_exit_codes(clone, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        kernels.main()
+    out = capsys.readouterr().out
+    assert all(f"\n  {code}  " in out for code in range(6))

@@ -1,37 +1,34 @@
-"""One notebook -> one folder that Kaggle takes: the page with its library inside, and guards."""
+"""Build a notebook into a folder that Kaggle accepts, with its library inside, and check it.
+
+The record of a build stands in the metadata of its notebook, under "atlas": an id, the commit, the
+configuration digest of every stage, and the SHA-256 of the rest of the notebook.
+"""
 
 import base64
 import hashlib
 import io
 import json
-import lzma
 import os
-import re
-import shutil
 import subprocess
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, session
 from atlas_lib.bootstrap import ROOT
 from atlas_lib.config import load_config
+from atlas_lib.stages import STAGES
 from tools import leaks
 
 PACKED = ("atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
-LIMIT = 1_000_000  # bytes of source that Kaggle takes, about
-NOTEBOOK, METADATA, BUILD, PUSHED = (
-    "notebook.ipynb",
-    "kernel-metadata.json",
-    "build.json",
-    "pushed.json",
-)
-STAMP = re.compile(r'^(REPOSITORY, REF = "[^"]+", )"main"$', re.MULTILINE)
+T4 = "NvidiaTeslaT4"  # two of them; Kaggle silently replaces a shape that it does not know
+LARGEST_SOURCE = 1_000_000  # bytes of a notebook, about, that Kaggle accepts
+NOTEBOOK, METADATA = "notebook.ipynb", "kernel-metadata.json"
 CELL = '''\
-# The library of this very commit, packed into the page by tools/kernels.py: nothing is fetched.
+# The library of this kernel, packed by tools.kernels: nothing is downloaded. Build {build}.
 import base64
 import hashlib
 import io
@@ -41,216 +38,143 @@ import tarfile
 import tempfile
 
 PACKED = """
-{text}
+{packed}
 """
 packed = "".join(PACKED.split()).encode()
 if hashlib.sha256(packed).hexdigest() != "{digest}":
     raise RuntimeError("The payload of this notebook is damaged; build and push it again.")
-library = tempfile.mkdtemp(prefix="atlas-")  # not below the output, which Kaggle would keep
+library = tempfile.mkdtemp(prefix="atlas-")  # outside the output, which Kaggle would keep
 with tarfile.open(fileobj=io.BytesIO(base64.b85decode(packed))) as archive:
     archive.extractall(library, filter="data")
 sys.path.insert(0, library)
 paths = [library, *filter(None, [os.environ.get("PYTHONPATH")])]
-os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that this page starts
+os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that this notebook starts
 os.environ["ATLAS_COMMIT"] = "{commit}"'''
-UNPACKED = re.compile(r'PACKED = """\n(.+?)\n"""', re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One kernel: `needs` are the stages whose results it reads."""
+def build_kernel(stage: str, choice: dict[str, Any], folder: Path, allow_dirty: bool) -> None:
+    """Write notebook and metadata of a stage into `folder`. Raises ValueError.
 
-    title: str
-    needs: tuple[str, ...]
-    accelerator: str | None  # Kaggle's machine_shape; a wrong one is silently replaced there
-    hours: float  # of GPU quota that have to be left before it is pushed
-    reason: str
-
-
-def head() -> tuple[str, bool]:
-    """The commit's 40 digits and whether the tree differs from it. Raises ValueError."""
-    try:
-        return _git("rev-parse", "HEAD").strip(), bool(_git("status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):
-        raise ValueError(
-            f"{ROOT} is not a git checkout with a commit; build from a clone."
-        ) from None
-
-
-def _git(*args: str) -> str:
-    command = ["git", "-C", str(ROOT), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def slug(title: str) -> str:
-    """Kaggle's own: another slug than this would be changed there."""
-    from slugify import slugify
-
-    return slugify(title)
-
-
-def short(commit: str, dirty: bool) -> str:
-    """The commit as manifests have it."""
-    return commit[:12] + ("-dirty" if dirty else "")
-
-
-def build(stages: dict[str, Stage], name: str, choice: dict[str, Any], out: Path) -> Path:
-    """Write out/<name>/; `choice` has config, overlay and set. Raises ValueError.
-
-    The folder is made beside and renamed; what was pushed before stays known.
+    `choice` has the parameters config, overlay and set of the notebook.
     """
     config = load_config(choice["config"], choice["overlay"], choice["set"])
-    commit, dirty = head()
-    packed = pack()
-    page = baked(name, choice, commit, payload_cell(packed, short(commit, dirty)))
-    metadata = metadata_of(stages, name)
-    part, target = out / f"{name}.part", out / name
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    nbformat.write(page, part / NOTEBOOK)
-    artifacts.write_json(part / METADATA, metadata)
-    needs = dict(zip(stages[name].needs, metadata["kernel_sources"], strict=True))
-    digests = {stage: config.digest(stage) for stage in stages}
-    origin = {"stage": name, "commit": commit, "dirty": dirty, **choice}
-    hashes = {
-        "payload_sha256": hashlib.sha256(packed).hexdigest(),
-        "notebook_sha256": artifacts.sha256(part / NOTEBOOK),
-    }
-    artifacts.write_json(part / BUILD, origin | {"needs": needs, "digests": digests} | hashes)
-    try:
-        guard(part)
-    except ValueError:
-        shutil.rmtree(part)
-        raise
-    if (target / PUSHED).is_file():
-        shutil.copy2(target / PUSHED, part)
-    shutil.rmtree(target, ignore_errors=True)
-    return part.rename(target)
+    commit = session.commit()
+    if commit == "unknown":
+        raise ValueError(f"{ROOT} is not a git checkout with a commit; build from a clone.")
+    if commit.endswith("-dirty") and not allow_dirty:
+        raise ValueError(
+            "There are uncommitted changes; commit them or add --allow-dirty "
+            "(make: ARGS=--allow-dirty)."
+        )
+    notebook = kernel_notebook(stage, choice, commit)
+    build = notebook.metadata["atlas"]
+    build |= {"digests": {name: config.digest(name) for name in STAGES}}
+    build |= {"sha256": _content_digest(notebook)}
+    for fault in build_faults(notebook):
+        raise ValueError(f"{stage} {fault}.")
+    artifacts.write_json(folder / NOTEBOOK, notebook)
+    artifacts.write_json(folder / METADATA, kernel_metadata(stage))
 
 
-def metadata_of(stages: dict[str, Stage], name: str) -> dict[str, Any]:
-    """kernel-metadata.json of one stage; what all share stands in the one at the top."""
+def kernel_metadata(stage: str, alone: bool = False) -> dict[str, Any]:
+    """kernel-metadata.json of a stage, over what the one in the checkout sets for all.
+
+    `alone` attaches no results of other kernels.
+    """
     shared = json.loads((ROOT / METADATA).read_bytes())
     owner = os.environ.get("KAGGLE_USERNAME") or shared["id"].partition("/")[0]
-    stage = stages[name]
+    needs = () if alone else STAGES[stage].needs
     return shared | {
-        "id": f"{owner}/{slug(stage.title)}",
-        "title": stage.title,
+        "id": kernel_id(owner, stage),
+        "title": f"Atlas {stage.replace('_', ' ')}",  # Kaggle makes the name in the id of it
         "code_file": NOTEBOOK,
-        "enable_gpu": stage.accelerator is not None,
-        "machine_shape": stage.accelerator,
-        "kernel_sources": [f"{owner}/{slug(stages[need].title)}" for need in stage.needs],
+        "enable_gpu": STAGES[stage].gpu,
+        "machine_shape": T4 if STAGES[stage].gpu else None,
+        "kernel_sources": [kernel_id(owner, need) for need in needs],
     }
 
 
-def baked(name: str, choice: dict[str, Any], commit: str, payload: str) -> Any:
-    """The committed page with parameters, payload and commit, without outputs."""
+def kernel_id(owner: str, stage: str) -> str:
+    """owner/name of the kernel of a stage."""
+    return f"{owner}/atlas-{stage.replace('_', '-')}"
+
+
+def kernel_notebook(stage: str, choice: dict[str, Any], commit: str) -> nbformat.NotebookNode:
+    """The notebook in the checkout without outputs, with its parameters and the library in it."""
     from papermill.translators import translate_parameters
 
-    page = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    for cell in (cell for cell in page.cells if cell.cell_type == "code"):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         cell.outputs, cell.execution_count = [], None
-    kernel = page.metadata.get("kernelspec", {}).get("name", "")
+    places = {
+        tag: place
+        for place, cell in enumerate(notebook.cells)
+        for tag in cell.metadata.get("tags", [])
+    }
     parameters = {key.upper(): value for key, value in choice.items()} | {"OUT": ""}
-    # In the cell itself: one injected behind it would go where papermill injects another.
-    page.cells[_place(page, "parameters")].source = translate_parameters(
-        kernel, "python", parameters, "Baked in by tools/kernels.py"
-    )
-    place = _place(page, "bootstrap")
-    bootstrap = page.cells[place]
-    bootstrap.source, found = STAMP.subn(rf'\g<1>"{commit}"', bootstrap.source)
-    if found != 1:
-        raise ValueError(
-            f'{name} has no line `REPOSITORY, REF = ..., "main"` to stamp the commit into; '
-            "restore it in the bootstrap cell."
-        )
-    # Its id is fixed, since a random one would differ at every build.
-    cell = nbformat.v4.new_code_cell(payload, id="payload")
-    cell.metadata |= {"tags": ["payload"], "jupyter": {"source_hidden": True}}
-    page.cells.insert(place, cell)
-    return page
-
-
-def _place(page: Any, tag: str) -> int:
-    for place, cell in enumerate(page.cells):
-        if tag in cell.metadata.get("tags", []):
-            return place
-    raise ValueError(f"A notebook has no cell with the tag {tag!r}; run `make notebooks`.")
+    text = translate_parameters("python3", "python", parameters, "Set by tools.kernels")
+    # In the cell itself, since papermill injects its own parameters behind this cell.
+    notebook.cells[places["parameters"]].source = text
+    packed = base64.b85encode(pack()).decode()
+    build = hashlib.sha256(f"{stage} {commit} {text} {packed}".encode()).hexdigest()[:16]
+    lines = "\n".join(packed[n : n + 100] for n in range(0, len(packed), 100))
+    digest = hashlib.sha256(packed.encode()).hexdigest()
+    source = CELL.format(packed=lines, digest=digest, commit=commit, build=build)
+    payload = nbformat.v4.new_code_cell(source, id="payload")
+    payload.metadata |= {"tags": ["payload"], "jupyter": {"source_hidden": True}}
+    notebook.cells.insert(places["bootstrap"], payload)
+    notebook.metadata["atlas"] = {"id": build, "commit": commit}
+    return notebook
 
 
 def pack() -> bytes:
     """A tar.xz of what a kernel needs of this tree; the same tree gives the same bytes."""
-    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKED)
-    paths = [path for path in sorted(set(listed.split("\0"))) if path]
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others"]
+    command += ["--exclude-standard", "--", *PACKED]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     buffer = io.BytesIO()
-    with (
-        lzma.open(buffer, "wb", preset=9 | lzma.PRESET_EXTREME) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive,
-    ):
-        for path in paths:
+    with tarfile.open(fileobj=buffer, mode="w:xz", preset=9) as archive:
+        for path in sorted(set(listed.split("\0")) - {""}):
             content = (ROOT / path).read_bytes()
-            entry = tarfile.TarInfo(path)  # time, owner and mode as they are by default
+            leaks.refuse(path, content.decode(errors="replace"))
+            entry = tarfile.TarInfo(path)  # time, owner and mode stay at their defaults
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
 
-def payload_cell(packed: bytes, commit: str) -> str:
-    """The cell that unpacks `packed` and makes it importable."""
-    text = base64.b85encode(packed).decode()
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    lines = "\n".join(text[n : n + 100] for n in range(0, len(text), 100))
-    return CELL.format(text=lines, digest=digest, commit=commit)
-
-
-def unpack(source: str) -> tuple[bytes, dict[str, bytes]]:
-    """The payload in a cell's source: packed, and as path -> content. Raises ValueError."""
+def pushable(folder: Path, allow_dirty: bool) -> dict[str, Any]:
+    """The record of a build that may be pushed from this checkout. Raises ValueError."""
+    here = session.commit()
     try:
-        packed = base64.b85decode("".join(UNPACKED.search(source)[1].split()))
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            return packed, {e.name: archive.extractfile(e).read() for e in archive}
-    except (TypeError, ValueError, tarfile.TarError, lzma.LZMAError, EOFError):
-        raise ValueError("The payload of the notebook is damaged; build it again.") from None
+        notebook = json.loads((folder / NOTEBOOK).read_bytes())
+        build = notebook["metadata"]["atlas"]
+    except (OSError, ValueError, KeyError):
+        faults = ["is not a finished build"]
+    else:
+        faults = [*build_faults(notebook)]
+        if build["commit"].removesuffix("-dirty") != here.removesuffix("-dirty"):
+            faults = [f"was built from commit {build['commit']} and this is {here}"]
+        if build["commit"].endswith("-dirty") and not allow_dirty:
+            faults = ["was built with uncommitted changes; commit them, or add --allow-dirty"]
+    for fault in faults:
+        raise ValueError(f"{folder} {fault}; run `python -m tools.kernels build {folder.name}`.")
+    return build
 
 
-def guard(folder: Path) -> dict[str, Any]:
-    """build.json of a folder that may be sent. Raises ValueError with what to mend."""
-    try:
-        record, metadata, page = (
-            json.loads((folder / file).read_bytes()) for file in (BUILD, METADATA, NOTEBOOK)
-        )
-    except (OSError, ValueError):
-        name = folder.name
-        raise ValueError(
-            f"{folder} is not a finished build; type `python -m tools.kernels build {name}`."
-        ) from None
-    ref, title = str(metadata.get("id")), str(metadata.get("title"))
-    if ref.partition("/")[2] != slug(title):
-        raise ValueError(
-            f"Kaggle would make {slug(title)!r} of the title {title!r}, but the id in {METADATA} "
-            f"is {ref!r}; let them agree."
-        )
-    if not page["metadata"].get("kernelspec", {}).get("name"):
-        raise ValueError("The notebook has no kernelspec, and Kaggle needs one; `make notebooks`.")
-    if any(cell.get("outputs") for cell in page["cells"]):
-        raise ValueError("The notebook holds outputs, and a push sends none; build it again.")
-    size = len(json.dumps(page).encode())
-    if size > LIMIT:
-        raise ValueError(f"The notebook has {size:,} bytes; Kaggle takes {LIMIT:,}.")
-    check_payload(page, record)
-    if artifacts.sha256(folder / NOTEBOOK) != record["notebook_sha256"]:
-        raise ValueError(f"{folder / NOTEBOOK} was changed after the build; build it again.")
-    return record
+def build_faults(notebook: dict[str, Any]) -> Iterator[str]:
+    """Why a built notebook cannot be pushed."""
+    if notebook["metadata"]["atlas"]["sha256"] != _content_digest(notebook):
+        yield "was changed or damaged after the build"
+    text = json.dumps(notebook)
+    if len(text) > LARGEST_SOURCE:
+        yield f"has {len(text):,} bytes, and Kaggle accepts {LARGEST_SOURCE:,}"
+    if found := leaks.finding(text):
+        yield f"holds {found}; keep secrets in the environment"
 
 
-def check_payload(page: dict, record: dict[str, Any]) -> None:
-    """The payload is the one that was packed, and no cell or packed file holds a secret."""
-    texts = {f"cell {n}": "".join(cell["source"]) for n, cell in enumerate(page["cells"], 1)}
-    packed, files = unpack(next((text for text in texts.values() if UNPACKED.search(text)), ""))
-    if hashlib.sha256(packed).hexdigest() != record["payload_sha256"]:
-        raise ValueError("The payload of the notebook is not the one packed; build it again.")
-    texts = {place: UNPACKED.sub("", text) for place, text in texts.items()}
-    texts |= {name: content.decode(errors="replace") for name, content in files.items()}
-    for place, text in texts.items():
-        leaks.refuse(place, text)
-    leaks.refuse("the notebook", json.dumps(page), known_only=True)
+def _content_digest(notebook: dict[str, Any]) -> str:
+    """SHA-256 of a notebook without the record of its build."""
+    metadata = {key: value for key, value in notebook["metadata"].items() if key != "atlas"}
+    text = json.dumps(notebook | {"metadata": metadata}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,251 +1,178 @@
-"""Kaggle's kernel service through its own client: every failure named, trouble asked again."""
+"""Kaggle's kernel service through its own client: requests are retried, answers are checked."""
 
 import contextlib
 import functools
 import io
 import json
 import os
-import time
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.kaggle.errors import (
-    HIDDEN,
-    OUT_OF_ORDER,
-    REFUSED,
-    Problem,
-    explain,
-    refusal,
-    say,
-)
+import tenacity
+from requests.adapters import HTTPAdapter
 
-ANSWER_SECONDS = 120  # the client itself would wait for ever
-ABSENT = (403, 404)  # a private kernel that is not there is forbidden, too
-LONGEST_PAUSE = 300.0  # seconds between two tries, unless Kaggle asks for more
+from tools import leaks
+from tools.kaggle.errors import REFUSED, UNAVAILABLE, Problem, explain
+
+TIMEOUT = 120  # seconds for an answer; the client itself would wait forever
+LONGEST_PAUSE = 300.0  # seconds between two attempts, unless Kaggle asks for more
+ABSENT = (403, 404)  # a private kernel that does not exist is forbidden, too
+# Errors in a response of status 200. A quota returns within days, the busy ones within minutes.
+QUOTA = re.compile(r"quota|weekly", re.IGNORECASE)
+BUSY = re.compile(r"capacity|sessions?\b|concurrent|try again|temporar|too many", re.IGNORECASE)
+BROKEN = re.compile(r"40[13]|not found|permission", re.IGNORECASE)
 
 
 @dataclass
-class Session:
-    """The authenticated client, and how patient to be with it."""
+class Connection:
+    """Kaggle's client, logged in, and how patient to be. Its methods raise Problem."""
 
     api: Any
-    user: str
     retries: int
     poll: float  # seconds between two looks at a kernel, and before the first retry
-    minutes: float
-    deadline: float = field(init=False)  # Unix time
+    minutes: float  # for a kernel to end, and at most for one request
 
-    def __post_init__(self):
-        self.restart_clock()
+    def ask(self, what: str, function: Callable, *args: Any, absent: Any = None) -> Any:
+        """function(*args), repeated while Kaggle is unavailable; `absent` if there is no kernel."""
+        growing = tenacity.wait_exponential(self.poll, LONGEST_PAUSE)
 
-    def restart_clock(self) -> None:
-        """Each stage has the deadline's minutes for itself."""
-        self.deadline = time.time() + self.minutes * 60
+        def attempt() -> Any:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    return function(*args)
+            except Exception as error:
+                problem = explain(what, error)
+            if absent is not None and problem.status in ABSENT:
+                return absent
+            raise problem
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            asked = state.outcome.exception().pause
+            return growing(state) if asked is None else asked
+
+        def announce(state: tenacity.RetryCallState) -> None:
+            leaks.log(f"{state.outcome.exception()} Retrying in {state.upcoming_sleep:.0f} s.")
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda e: getattr(e, "code", 0) == UNAVAILABLE),
+            wait=pause,
+            stop=tenacity.stop_after_attempt(self.retries + 1)
+            | tenacity.stop_before_delay(self.minutes * 60),
+            before_sleep=announce,
+            reraise=True,
+        )(attempt)
+
+    def state(self, name: str) -> tuple[str, str]:
+        """(QUEUED, RUNNING, COMPLETE, ERROR, ... or ABSENT; what failed) of owner/slug/version."""
+
+        def look() -> tuple[str, str]:
+            answer = self.api.kernels_status(name)
+            return answer.status.name, answer.failure_message or ""
+
+        return self.ask(f"look at {name}", look, absent=("ABSENT", ""))
+
+    def newest(self, ref: str) -> tuple[int, str, list[str]]:
+        """(version, source, attached kernels) of the newest version; (0, "", []) if none."""
+
+        def look() -> tuple[int, str, list[str]]:
+            answer = self._kernel_request("get_kernel", "ApiGetKernelRequest", ref)
+            about = answer.metadata
+            return about.current_version_number, answer.blob.source, about.kernel_data_sources
+
+        return self.ask(f"look at {ref}", look, absent=(0, "", []))
+
+    def remove(self, ref: str) -> None:
+        """Delete a kernel with all its versions."""
+        request = ("delete_kernel", "ApiDeleteKernelRequest", ref)
+        answer = self.ask(f"delete {ref}", self._kernel_request, *request)
+        if answer is not None and answer.error_message:
+            raise Problem(REFUSED, f"Kaggle did not delete {ref}: {answer.error_message}")
+
+    def _kernel_request(self, method: str, kind: str, ref: str) -> Any:
+        """Kaggle's whole answer, of which the client's own methods hide a part."""
+        from kagglesdk.kernels.types import kernels_api_service
+
+        request = getattr(kernels_api_service, kind)()
+        request.user_name, request.kernel_slug = ref.split("/")
+        with self.api.build_kaggle_client() as client:
+            return getattr(client.kernels.kernels_api_client, method)(request)
+
+    def save(self, folder: Path, ref: str) -> int:
+        """Push a folder, once; the version that Kaggle made of it."""
+        answer = self.api.kernels_push(str(folder))
+        message = " ".join((answer.error or "").split())
+        for fault in _faults(answer, message, ref):
+            busy = BUSY.search(message) and not (QUOTA.search(message) or BROKEN.search(message))
+            raise Problem(UNAVAILABLE if busy else REFUSED, f"Kaggle {fault}")
+        return answer.version_number
+
+    def log_lines(self, name: str) -> list[str]:
+        """The lines that owner/slug/version printed."""
+
+        def read() -> list[str]:
+            parts = json.loads(self.api.kernels_logs(name) or "[]")
+            return "".join(part["data"] for part in parts).splitlines()
+
+        return self.ask("fetch the log", read)
+
+    def download(self, name: str, pattern: str, folder: Path) -> None:
+        """Fetch the output files of owner/slug[/version] whose name matches into `folder`."""
+        output = functools.partial(self.api.kernels_output, file_pattern=pattern, force=True)
+        self.ask(f"fetch the output of {name}", output, name, str(folder))
+
+    def quota_left(self) -> tuple[float, float, str]:
+        """GPU hours left this week, hours in total, and when the week ends."""
+        answer = self.ask("look at the GPU quota", self.api.quota_view)
+        gpu, end = answer.gpu_quota, answer.quota_refresh_time
+        if gpu is None or gpu.time_used is None or gpu.total_time_allowed is None:
+            raise Problem(UNAVAILABLE, "Cannot look at the GPU quota: Kaggle reports none.")
+        total, used = gpu.total_time_allowed.total_seconds(), gpu.time_used.total_seconds()
+        until = f"{end:%Y-%m-%d %H:%M} UTC" if end else "an unknown time"
+        return max(0.0, total - used) / 3600, total / 3600, until
 
 
-def connect(retries: int, poll: float, minutes: float) -> Session:
-    """An authenticated session. Raises Problem where credentials are absent or not accepted."""
-    empty = [name for name, value in os.environ.items() if name.startswith("KAGGLE_") and not value]
-    for name in (*empty, "VERBOSE", "VERBOSE_OUTPUT"):  # empty: taken for credentials there;
-        os.environ.pop(name, None)  # verbose: prints the authorization header
-    _wait_no_longer_than(ANSWER_SECONDS)
-    session = Session(None, "", retries, poll, minutes)
-    with contextlib.redirect_stdout(io.StringIO()):  # the import tries to log in and prints help
+def connect(retries: int, poll: float, minutes: float) -> Connection:
+    """A connection. Raises Problem where credentials are missing or not accepted."""
+    empty = sorted(k for k, v in os.environ.items() if k.startswith("KAGGLE_") and not v)
+    for name in (*empty, "VERBOSE", "VERBOSE_OUTPUT"):
+        os.environ.pop(name, None)  # verbose output has headers and signed addresses
+    HTTPAdapter.send = functools.partialmethod(HTTPAdapter.send, timeout=TIMEOUT)
+    with contextlib.redirect_stdout(io.StringIO()):  # the import logs in and prints help
         from kaggle.api.kaggle_api_extended import KaggleApi
-    session.api = KaggleApi()
+    kaggle = Connection(KaggleApi(), retries, poll, minutes)
     try:
-        call(session, "log in", session.api.authenticate)
+        kaggle.ask("log in", kaggle.api.authenticate)
     except SystemExit:
-        ignored = f" ({', '.join(sorted(empty))} is empty, which counts as absent)" if empty else ""
-        raise Problem(
-            REFUSED,
-            f"No Kaggle credentials{ignored}: set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
-            "KAGGLE_KEY.",
-        ) from None
-    values = session.api.config_values
+        unset = f" ({', '.join(empty)} is empty, which counts as missing)" if empty else ""
+        variables = "KAGGLE_API_TOKEN, or KAGGLE_USERNAME and KAGGLE_KEY"
+        raise Problem(REFUSED, f"No Kaggle credentials{unset}: set {variables}.") from None
+    values = kaggle.api.config_values
+    leaks.FROM_FILES |= {name: values.get(name) or "" for name in ("key", "token")}
     if "KAGGLE_API_TOKEN" in os.environ and values.get("auth_method") != "ACCESS_TOKEN":
-        raise Problem(
-            REFUSED,
-            "Kaggle does not accept KAGGLE_API_TOKEN (wrong or expired): renew or unset it.",
+        # The client falls back on other credentials, if there are any.
+        raise Problem(REFUSED, "Kaggle does not accept KAGGLE_API_TOKEN; renew it or unset it.")
+    return kaggle
+
+
+def _faults(answer: Any, message: str, ref: str) -> Iterator[str]:
+    """Why a push that was answered with status 200 did not do what was asked."""
+    if message:
+        yield f"did not start {ref}: {message}"
+    kinds = ("dataset", "competition", "kernel", "model")
+    dropped = {f"{kind} source": getattr(answer, f"invalid_{kind}_sources") for kind in kinds}
+    dropped["tag"] = answer.invalid_tags
+    missing = ", ".join(f"{kind} {', '.join(names)}" for kind, names in dropped.items() if names)
+    if missing:
+        yield (
+            f"runs {ref}, version {answer.version_number}, but without {missing}: stop that "
+            "version and check the names."
         )
-    HIDDEN.update(filter(None, (values.get("key"), values.get("token"))))
-    session.user = values.get("username", "")
-    return session
-
-
-@functools.cache
-def _wait_no_longer_than(seconds: float) -> None:
-    """Give every request of this process a timeout: Kaggle's client sets none."""
-    from requests.adapters import HTTPAdapter
-
-    send = HTTPAdapter.send
-
-    def bounded(self, request, stream=False, timeout=None, **options):
-        return send(self, request, stream=stream, timeout=timeout or seconds, **options)
-
-    HTTPAdapter.send = bounded
-
-
-def call(
-    session: Session, what: str, function: Callable[[], Any], retries: int | None = None
-) -> Any:
-    """function(), tried again with growing pauses while Kaggle is out of order. Raises Problem."""
-    import tenacity
-
-    retries = session.retries if retries is None else retries
-
-    def attempt():
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                return function()
-        except Exception as error:
-            raise explain(what, error) from None
-
-    def pause(state: tenacity.RetryCallState) -> float:
-        asked = state.outcome.exception().pause
-        growing = min(session.poll * 2 ** (state.attempt_number - 1), LONGEST_PAUSE)
-        return growing if asked is None else asked
-
-    def enough(state: tenacity.RetryCallState) -> bool:
-        over = time.time() + state.upcoming_sleep > session.deadline
-        return over or state.attempt_number > retries
-
-    def tell(state: tenacity.RetryCallState) -> None:
-        again = f"again in {state.upcoming_sleep:.0f} s ({state.attempt_number}/{retries})"
-        say(f"{state.outcome.exception()} - {again}")
-
-    def out_of_order(error: BaseException) -> bool:
-        return isinstance(error, Problem) and error.code == OUT_OF_ORDER
-
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(out_of_order),
-        wait=pause,
-        stop=enough,
-        before_sleep=tell,
-        reraise=True,
-    )(attempt)
-
-
-def kernels(session: Session, method: str, request: str, **values: Any) -> Any:
-    """One request to Kaggle's kernel service, unwrapped, as the client's wrappers hide answers."""
-    from kagglesdk.kernels.types import kernels_api_service as types
-
-    message = getattr(types, request)()
-    for name, value in values.items():
-        setattr(message, name, value)
-    with session.api.build_kaggle_client() as client:
-        return getattr(client.kernels.kernels_api_client, method)(message)
-
-
-def named(ref: str, version: int | None = None) -> dict[str, Any]:
-    """The fields of a request that say which kernel."""
-    owner, _, slug = ref.partition("/")
-    return {"user_name": owner, "kernel_slug": slug, "version_label": version and f"v{version}"}
-
-
-def state(session: Session, ref: str, version: int | None = None) -> tuple[str, str]:
-    """(QUEUED, RUNNING, COMPLETE, ERROR, ...; what failed) of a version, or of the latest."""
-    answer = kernels(
-        session, "get_kernel_session_status", "ApiGetKernelSessionStatusRequest",
-        **named(ref, version),
-    )  # fmt: skip
-    return answer.status.name, answer.failure_message or ""
-
-
-def latest(session: Session, ref: str) -> tuple[int, list[str], set[str]]:
-    """(version, sources of the cells, kernels attached) of the newest; (0, [], set()) if none."""
-    try:
-        answer = kernels(session, "get_kernel", "ApiGetKernelRequest", **named(ref))
-    except Exception as error:
-        if explain("look for the kernel", error).status not in ABSENT:
-            raise
-        return 0, [], set()
-    sources = []
-    with contextlib.suppress(AttributeError, TypeError, ValueError, KeyError):  # no notebook
-        sources = ["".join(cell["source"]) for cell in json.loads(answer.blob.source)["cells"]]
-    about = answer.metadata
-    return about.current_version_number or 0, sources, set(about.kernel_data_sources or [])
-
-
-def log(session: Session, ref: str, version: int | None) -> list[str]:
-    """The lines that a kernel printed."""
-    answer = kernels(
-        session, "list_kernel_session_output", "ApiListKernelSessionOutputRequest",
-        **named(ref, version),
-    )  # fmt: skip
-    try:
-        return "".join(part["data"] for part in json.loads(answer.log or "[]")).splitlines()
-    except (ValueError, TypeError, KeyError):
-        return answer.log.splitlines()
-
-
-def download(session: Session, ref: str, version: int | None, pattern: str, folder: Path) -> None:
-    """Fetch the output files whose name matches `pattern` into `folder`."""
-    name = f"{ref}/{version}" if version else ref
-    session.api.kernels_output(name, str(folder), file_pattern=pattern, force=True)
-
-
-def quota_left(session: Session) -> tuple[float, float, str]:
-    """GPU hours left this week, hours in all, and when the week ends. Raises Problem."""
-    answer = call(session, "look at the GPU quota", session.api.quota_view, retries=1)
-    gpu = answer.gpu_quota
-    if gpu is None or gpu.time_used is None or gpu.total_time_allowed is None:
-        raise Problem(OUT_OF_ORDER, "Cannot look at the GPU quota: Kaggle tells none.")
-    total, used = gpu.total_time_allowed.total_seconds(), gpu.time_used.total_seconds()
-    until = f"{answer.quota_refresh_time:%Y-%m-%d %H:%M} UTC" if answer.quota_refresh_time else "?"
-    return max(0.0, total - used) / 3600, total / 3600, until
-
-
-def delete(session: Session, ref: str) -> None:
-    """Delete a kernel with all its versions."""
-    fields = {name: value for name, value in named(ref).items() if name != "version_label"}
-    answer = call(
-        session, f"delete {ref}",
-        lambda: kernels(session, "delete_kernel", "ApiDeleteKernelRequest", **fields),
-    )  # fmt: skip
-    if answer is not None and answer.error_message:  # the client itself would report success
-        raise Problem(REFUSED, f"Kaggle did not delete {ref}: {answer.error_message}")
-
-
-def address(ref: str) -> str:
-    """Where a kernel can be looked at."""
-    return f"https://www.kaggle.com/code/{ref}"
-
-
-def save(session: Session, folder: Path, ref: str) -> tuple[int, str]:
-    """Push the folder once; (version, url) of what Kaggle made of it. Raises Problem."""
-    answer = session.api.kernels_push(str(folder))
-    if answer is None:
-        raise Problem(REFUSED, f"Kaggle gave no answer to the push of {ref}.")
-    if answer.error:
-        raise refusal(ref, answer.error)
-    dropped = ", ".join(_dropped(answer))
-    if dropped:
-        raise Problem(
-            REFUSED,
-            f"Kaggle runs {ref}, version {answer.version_number}, but without {dropped}: stop that "
-            "version and check the names.",
-        )
-    url = answer.url or address(ref)
     if not answer.version_number:
-        raise Problem(REFUSED, f"Kaggle took {ref} but named no version; look at {url}.")
+        yield f"accepted {ref} but named no version; look at it there."
     places = {part.lower() for text in (answer.ref, answer.url) for part in text.split("/")}
     if places != {""} and not set(ref.lower().split("/")) <= places:
-        raise Problem(
-            REFUSED,
-            f"Kaggle saved {ref} as {answer.ref or answer.url}: owner or title do not give that "
-            "id; change the title or delete the other kernel.",
-        )
-    return answer.version_number, url
-
-
-def _dropped(answer: Any) -> Iterator[str]:
-    """What was asked for and silently left out."""
-    for kind in ("dataset", "competition", "kernel", "model"):
-        names = getattr(answer, f"invalid_{kind}_sources")
-        if names:
-            yield f"{kind} source {', '.join(names)}"
-    if answer.invalid_tags:
-        yield f"tag {', '.join(answer.invalid_tags)}"
+        saved = answer.ref or answer.url
+        yield f"saved {ref} as {saved}; delete the kernel with this title, or push as its owner."
