@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny model's tokenizer without its pretraining, and a tiny offline config."""
+"""Shared fixtures: the tiny model's tokenizer without pretraining, and a small offline config."""
 
 import copy
 import os

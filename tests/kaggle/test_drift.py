@@ -63,7 +63,7 @@ def run_offline(python: Path, folder: Path) -> dict:
     for row in json.loads((out / "metrics.json").read_bytes()):
         name = f"{row['model']} {row['format']}"
         figures[f"{name} strict share"] = row["prompt_level_strict_acc"]
-        figures[f"{name} stop share"] = row["stop_rate"]
+        figures[f"{name} EOS rate"] = row["eos_rate"]
     manifest = artifacts.read_manifest(out / "04_ifeval_eval")
     return {"versions": manifest["versions"], "figures": figures}
 

@@ -16,7 +16,7 @@ import twin
 from IPython.core.inputtransformer2 import TransformerManager
 from requests.adapters import HTTPAdapter
 
-from atlas_lib import bootstrap, session
+from atlas_lib import artifacts, bootstrap, session
 from atlas_lib.stages import STAGES
 from tools import kernels, leaks
 from tools.kaggle import bundle, service
@@ -88,16 +88,15 @@ def finish(builds: Path, slug: str, version: stub_kaggle.Version, **manifest) ->
     """The output of a kernel: a row, its manifest, the executed notebook, metrics and a log."""
     stage = next(stage for stage in STAGES if bundle.kernel_id("", stage) == f"/{slug}")
     build = record(builds / stage)
-    about = {"format": 2, "stage": stage, "commit": build["commit"], "made_from": {}}
-    about |= {"relevant": {}, "inputs": {}}
-    about |= dict.fromkeys(("config_digest", "digest"), build["digests"][stage])
+    about = {"format": artifacts.MANIFEST_FORMAT, "stage": stage, "commit": build["commit"]}
+    about |= {"made_from": {}, "inputs": {}, "digest": build["digests"][stage]}
     about |= {"outputs": {"rows.jsonl": hashlib.sha256(b"{}\n").hexdigest()}}
     version.files = {
         f"{stage}/rows.jsonl": b"{}\n",
         f"{stage}/manifest.json": json.dumps(about | manifest).encode(),
         f"notebooks/{stage}.ipynb": b'{"cells": []}',
         "metrics.json": b"[]",
-        "answers/kept.jsonl": b"{}\n",
+        "responses/kept.jsonl": b"{}\n",
     }
     lines = [{"stream_name": "stdout", "time": n, "data": f"line {n}\n"} for n in range(140)]
     version.log = json.dumps(lines)
@@ -639,7 +638,7 @@ UPSTREAM = {
     "cancelled": ({"states": ["CANCEL_ACKNOWLEDGED"]}, "push it"),
     "another commit": ({"commit": "0" * 12}, "commit is 000000000000 there"),
     "another configuration": (
-        {"config_digest": "f" * 12, "digest": "f" * 12}, "digest is ffffffffffff there"
+        {"digest": "f" * 12}, "digest is ffffffffffff there"
     ),
     "a damaged manifest": ({"outputs": None, "stage": None}, "does not fit"),
     "never pushed": (None, f"01_data_prep has to run first, and {REF} is ABSENT; push it."),

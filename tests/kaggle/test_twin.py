@@ -20,7 +20,7 @@ from tools.kaggle import bundle
 FIRST, SECOND, THIRD, FOURTH = STAGES
 ABSENT = ["BackendError", "CredentialError", "ConnectionError", "ImportError"]
 CANARY = "canary-2f9c1d"
-LABEL = "offline stand-in: shows that the machinery works, says nothing about Qwen"
+LABEL = "offline overlay with a tiny model: shows that the code works, says nothing about Qwen"
 BADGE = {"OVERLAY": "offline", "SET": json.dumps(TINY)}
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -90,7 +90,7 @@ def test_each_kernel_reads_what_is_attached_and_keeps_its_notebook(chain):
 def test_the_output_holds_the_stage_and_its_notebook_and_nothing_else(chain):
     for stage, folder in chain.items():
         expected = {stage, "notebooks", "__notebook__.ipynb"}
-        expected |= {"answers", "metrics.json"} if stage == FOURTH else set()
+        expected |= {"responses", "metrics.json"} if stage == FOURTH else set()
         assert {path.name for path in (folder / "working").iterdir()} == expected
         weights = {path.parent.name for path in (folder / "working").rglob("*.safetensors")}
         assert weights == ({"adapter"} if stage == THIRD else set())
@@ -101,7 +101,7 @@ def test_manifests_name_commit_machine_and_image(chain, kernels):
         manifest = load(folder / "working" / stage / "manifest.json")
         build = load(kernels[stage])["metadata"]["atlas"]
         assert manifest["commit"] == build["commit"]
-        assert manifest["config_digest"] == build["digests"][stage]
+        assert manifest["digest"] == build["digests"][stage]
         assert manifest["platform"].startswith("kaggle, ")
         assert (manifest["image"], manifest["gpus"]) == ("f00d 2026", 0)
         assert f"transformers=={manifest['versions']['transformers']}" in twin.IMAGE.read_text()

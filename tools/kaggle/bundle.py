@@ -68,7 +68,7 @@ def build_kernel(stage: str, choice: dict[str, Any], folder: Path, allow_dirty: 
         )
     notebook = kernel_notebook(stage, choice, commit)
     build = notebook.metadata["atlas"]
-    build |= {"digests": {name: config.digest(name) for name in STAGES}}
+    build |= {"digests": {name: artifacts.config_digest(config, name) for name in STAGES}}
     build |= {"sha256": _content_digest(notebook)}
     for fault in build_faults(notebook):
         raise ValueError(f"{stage} {fault}.")

@@ -162,7 +162,7 @@ def fetch_results(kaggle: Connection, folder: Path, record: dict[str, Any], out:
 
 def manifest_faults(folder: Path, commit: str, digest: str) -> Iterator[str]:
     """Why a stage's folder is not the result at this commit and configuration digest."""
-    here = {"stage": folder.name, "commit": commit, "config_digest": digest}
+    here = {"stage": folder.name, "commit": commit, "digest": digest}
     try:
         manifest = artifacts.read_manifest(folder)
     except OSError:
