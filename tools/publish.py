@@ -188,8 +188,8 @@ def as_committed(notebook: nbformat.NotebookNode, committed: dict) -> nbformat.N
     given = {tag: cell for cell in committed["cells"] for tag in tags(cell)}
     notebook = without_payload(notebook)
     for cell in notebook.cells:
-        for tag in {"parameters", "bootstrap"} & set(tags(cell)):
-            cell.source = "".join(given[tag]["source"])
+        if "parameters" in tags(cell):
+            cell.source = "".join(given["parameters"]["source"])
     return notebook
 
 
