@@ -9,7 +9,8 @@ from atlas_lib import session
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-HUB_TIMEOUT = 60.0  # seconds for each request; uploads are repeated up to six times
+PREFLIGHT_SECONDS = 10.0  # for each request of the preflight
+UPLOAD_SECONDS = 60.0  # for each request of a push, which the client repeats up to six times
 # Unfinished files, and pickles, which run code when they are loaded.
 UNPUBLISHED = ("*.part", "*.bin", "*.pt", "*.pkl")
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -34,7 +35,7 @@ def preflight(config: Any) -> str | None:
         return None
     name = _full_name(output.hub_repo, "USER")
     try:
-        return _claim(_client(token), output)
+        return _claim(_client(token, PREFLIGHT_SECONDS), output)
     except Exception as error:  # the client lets every kind of transport error through
         reason = _reason(error, token)
         if not _refused(error):
@@ -57,7 +58,7 @@ def push_adapter(folder: Path, repo: str | None, config: Any) -> None:
     token = None
     try:
         token = _token()
-        commit = _client(token).upload_folder(
+        commit = _client(token, UPLOAD_SECONDS).upload_folder(
             repo_id=repo,
             folder_path=folder,
             commit_message="Adapter trained by Atlas",
@@ -69,11 +70,11 @@ def push_adapter(folder: Path, repo: str | None, config: Any) -> None:
         print(_command(repo, Path(folder).resolve(), config.output.hub_private))
 
 
-def _client(token: str | None) -> "HfApi":
+def _client(token: str | None, seconds: float) -> "HfApi":
     from huggingface_hub import HfApi
     from huggingface_hub.utils import get_session
 
-    get_session().timeout = HUB_TIMEOUT  # by default it waits forever
+    get_session().timeout = seconds  # the client's own default is to wait forever
     return HfApi(token=token)
 
 
