@@ -82,8 +82,8 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 # No weights are loaded before the audit of exactly this subset, tokenizer and `max_length` has
 # passed. Rows that the audit excludes are excluded here too, and they are not replaced.
 #
-# TRL drops a row without a message when `max_length` cuts off all of its assistant tokens. The
-# audit predicts these rows, so that the number of steps below does not count them.
+# TRL silently drops a row when `max_length` cuts off all of its assistant tokens. The audit
+# predicts these rows, so that the number of steps below does not count them.
 
 # %%
 source = artifacts.require(data.STAGE, config, out, data.prepare)
@@ -313,8 +313,7 @@ print(f"EOS rate: {eos_rate:.0%} of {len(after)} SFT responses, within {cap} tok
 # give the same logits as the trained model.
 
 # %%
-summary = {
-    "label": config.label,
+measured = {
     "steps": result.global_step,
     "rows_compared_with_audit": compared,
     "trainable_parameters": trainable,
@@ -324,6 +323,12 @@ summary = {
     "validation_loss": validation_loss,
     "eos_rate": eos_rate,
     "responses": len(after),
+}
+
+# %%
+summary = {
+    "label": config.label,
+    **measured,
     "precision": device.dtype,
     "seconds": checkpoints.seconds(),
     "resumed_after_step": checkpoints.resumed_after,
