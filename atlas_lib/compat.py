@@ -1,36 +1,86 @@
-"""Every workaround for an upstream defect, with its issue and when it can go."""
+"""Every workaround for an upstream defect, with its issue and the version at which it can go.
 
-from typing import Any
+Importing this module hides the messages below, which a user cannot act on. It imports nothing heavy
+itself, so that `bootstrap` can use it before any package is loaded.
+"""
+
+import importlib.metadata
+import logging
+import subprocess
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from atlas_lib.devices import Device
+
+CPU_LOSS_TILE = (256, 4096)  # positions x words whose logits are held at a time: 4 MiB
+# Logger -> the start of a message that is dropped.
+SILENCED_LOGS = {
+    # A kernel for CPU inference that Atlas never uses, see `keep_cpu_gradients_right`.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # Intended: the tokenizer ends a turn with <|im_end|>, the base model a text with <|endoftext|>.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+}
+# Category and the start of a warning that is ignored.
+SILENCED_WARNINGS = (
+    # transformers 5.22 renamed it; peft 0.21 and trl 1.16 still read the old name.
+    (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
+    # tqdm in a notebook without ipywidgets; progress is printed as lines anyway.
+    (Warning, "IProgress not found"),
+)
 
 
-def keep_cpu_gradients_right(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first forward in eval mode.
+def silence_dependencies() -> None:
+    """Drop the messages listed above, in this process."""
+    for name, start in SILENCED_LOGS.items():
+        logging.getLogger(name).addFilter(
+            lambda record, start=start: not str(record.msg).startswith(start)
+        )
+    for category, start in SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=start, category=category)
 
-    On CPUs with AVX512-BF16 (bitsandbytes 0.50) a later training step through the repacked layer
-    crashes, or silently gets wrong gradients where the layer has no bias.
+
+silence_dependencies()  # on import, so that processes that only load a model are covered, too
+
+
+def remove_old_torchao() -> None:
+    """Uninstall torchao < 0.16, which Kaggle and Colab have: peft >= 0.19 raises beside it.
+
+    Can go when both images have torchao 0.16 or none.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    try:
+        version = importlib.metadata.version("torchao")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if tuple(map(int, version.split(".")[:2])) < (0, 16):
+        pip = [sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torchao"]
+        subprocess.run(pip, check=True)
+        print(f"Removed torchao {version}: peft needs 0.16 or none.")
 
 
-def keep_attention_lean(device: Any) -> None:
-    """Repeat the keys of grouped-query attention on a T4, instead of asking sdpa to share them.
+def trainer_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of SFTConfig, under the names that the installed transformers has for them.
 
-    No fast kernel of sm_75 takes enable_gqa, which transformers asks for wherever a batch has no
-    padding: what is left builds the whole attention matrix in float32 (transformers#48633).
+    transformers 5.22 renamed gradient_checkpointing to activation_checkpointing. Can go when
+    pyproject.toml requires 5.22.
     """
-    from transformers.integrations import sdpa_attention
+    from transformers import TrainingArguments
 
-    if device.dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
-        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+    if hasattr(TrainingArguments, "activation_checkpointing"):
+        return arguments
+    new = {"activation_checkpointing": "gradient_checkpointing"}
+    return {new.get(key, key): value for key, value in arguments.items()}
 
 
-def keep_adapter_in_float32(model: Any) -> None:
+def keep_adapter_in_float32(model: "torch.nn.Module") -> None:
     """Cast trainable parameters to float32, whatever precision computes.
 
-    TRL makes them bfloat16 for any 4-bit model: CUDA's GradScaler cannot unscale that (trl#4901),
-    and updates at a rate of 2e-4 would be lost in its eight bits.
+    TRL 1.16 makes them bfloat16 for any 4-bit model: CUDA's GradScaler cannot unscale that
+    (trl#4901), and updates at a rate of 2e-4 would be rounded away. Can go when TRL casts them
+    according to `fp16` and `bf16`.
     """
     import torch
 
@@ -38,12 +88,37 @@ def keep_adapter_in_float32(model: Any) -> None:
         parameter.data = parameter.data.to(torch.float32)
 
 
-def fit_loss_to_cpu(device: Any) -> None:
+def keep_cpu_gradients_right(model: "torch.nn.Module") -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
+
+    On CPUs with AVX512-BF16, a later training step through the repacked layer crashes, or silently
+    computes wrong gradients where the layer has no bias. bitsandbytes 0.50, no issue known to us;
+    can go when tests/core/test_compat.py passes without it on such a CPU.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def keep_attention_lean(device: "Device") -> None:
+    """Repeat the keys of grouped-query attention on a T4, instead of asking sdpa to share them.
+
+    No fast kernel of sm_75 accepts enable_gqa, which transformers requests wherever a batch has no
+    padding; sdpa then builds the whole attention matrix in float32. Can go when transformers checks
+    the GPU's architecture (transformers#48633, open in 5.23).
+    """
+    from transformers.integrations import sdpa_attention
+
+    if device.dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def fit_loss_to_cpu(device: "Device") -> None:
     """Let TRL's loss skip unsupervised positions on a CPU, and work in tiles that malloc keeps.
 
-    Off a GPU TRL scores every position, to keep shapes the same for compilers that we do not use,
-    and throws the surplus away; its tiles of half a GiB are mapped and cleared anew each time. The
-    loss is the same, the time is not (benchmarks/train.py).
+    Off a GPU, TRL 1.16 scores every position to keep shapes constant for compilers, then discards
+    most of them; its tiles of half a GiB are mapped and cleared anew each time. The loss stays the
+    same, the time does not (benchmarks/train.py). Can go when TRL has arguments for both.
     """
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
@@ -51,17 +126,3 @@ def fit_loss_to_cpu(device: Any) -> None:
     if device.name == "cpu":
         utils._use_triton = lambda device: True
         chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_LOSS_TILE
-
-
-CPU_LOSS_TILE = (256, 4096)  # positions x words whose logits are held at a time: 4 MiB
-
-
-def trainer_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of SFTConfig; transformers before 5.22 says gradient_checkpointing for one."""
-    from transformers import TrainingArguments
-
-    if hasattr(TrainingArguments, "activation_checkpointing"):
-        return arguments
-    recompute = arguments["activation_checkpointing"]
-    others = {key: v for key, v in arguments.items() if key != "activation_checkpointing"}
-    return others | {"gradient_checkpointing": recompute}

@@ -1,12 +1,12 @@
-"""Speed and memory of one recipe, trained in several ways: same data, labels and rows a step.
+"""Speed and memory of one recipe, trained in several ways: same data, labels and rows per step.
 
     python -m benchmarks.train [--steps 4] [--loss-steps 3] [--json results/bench_train.json]
 
-On a GPU: Qwen2.5-0.5B's true shape and length (written, not run yet). On a CPU: four layers of 256,
-with every conversation and `max_length` cut to a quarter; the vocabulary is whole, so the loss
-weighs far more there than in the real model. Weights are random, the tokenizer is Qwen's, the
-conversations are those of benchmarks.audit. Each row runs in a process of its own, so that its peak
-of memory is its own. Leave the machine alone meanwhile.
+On a GPU: the shape and length of Qwen2.5-0.5B (not run yet). On a CPU: four layers of width 256,
+with every conversation and `max_length` cut to a quarter. The vocabulary keeps its size, so that
+the loss takes a far larger share of the time than in the real model. Weights are random, the
+tokenizer is Qwen's, and the conversations are those of benchmarks.audit. Each row runs in a process
+of its own, so that peak memory is measured separately. Run it on an otherwise idle machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 from atlas_lib import artifacts, compat, devices, models, session, template
 from atlas_lib.config import load_config
-from atlas_lib.train import adapters, memory
+from atlas_lib.train import memory
 from benchmarks import audit
 from tools import qwen_tokenizer
 
@@ -88,8 +88,8 @@ def build(folder: Path, device: Any) -> None:
 def resolved(row: Row, base: str, compare_losses: bool) -> Any:
     """The row's config with local files in place of the hub's.
 
-    Where losses are compared there is no dropout, whose random numbers depend on the shape of a
-    batch, no grouping, which is another order, and no warm-up, whose first step changes nothing.
+    To compare losses, dropout is off (its random numbers depend on the shape of a batch), grouping
+    is off (it changes the order of rows), and so is warm-up (its first step changes nothing).
     """
     local = {"model.base": base, "model.base_revision": None, "run.require_gpu": False}
     tokenizer = str(qwen_tokenizer.tokenizer_folder())
@@ -114,7 +114,7 @@ def conversations(rows: int, device: Any) -> list[dict]:
 
 
 def now(device: Any) -> float:
-    """Seconds, when the device has finished what it was given."""
+    """Seconds, once the device has finished its work."""
     if device.name == "cuda":
         import torch
 
@@ -150,7 +150,7 @@ def others_seconds() -> float:
 
 
 def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) -> Any:
-    """Notebook 03's training cell for `row`; its trainer counts tokens and notes when steps end."""
+    """The trainer of notebook 03 for `row`, which counts tokens and records when steps end."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -200,7 +200,7 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
 
 
 def choose_loss(row: Row, device: Any) -> None:
-    """Set TRL's loss as the row wants it; on a GPU it is left alone."""
+    """Configure TRL's loss for the row; on a GPU it is left unchanged."""
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
@@ -265,12 +265,12 @@ def arithmetic_limit(trainer: Any, device: Any, steady: list) -> dict:
 def least_flops(trained: Any, counts: list[int]) -> float:
     """Forward, and backward to activations and adapters, of real tokens; nothing recomputed.
 
-    Analytic: torch's FlopCounterMode sees neither into a 4-bit product nor what is added in place.
-    That the first layer passes no gradient on is neglected: less than a hundredth.
+    Analytic, because torch's FlopCounterMode counts neither 4-bit products nor in-place additions.
+    The first layer needs no gradient of its inputs; this is neglected (less than 1 %).
     """
     _, real, supervised, squares = counts
     shape = trained.config
-    adapter, total = adapters.parameter_counts(trained)
+    adapter, total = trained.get_nb_trainable_parameters()
     head = shape.vocab_size * shape.hidden_size  # tied: as the embedding it multiplies nothing
     layers = 4 * (total - adapter - head) + 6 * adapter
     attention = 6 * shape.num_hidden_layers * shape.hidden_size  # causal: half of every square
@@ -292,7 +292,7 @@ def matmul_rate(device: Any) -> float:
 
 
 def undisturbed(name: str, base: str, steps: int) -> dict:
-    """Figures of a row; up to three runs until others leave it 95 % of the processors."""
+    """Figures of a row; up to three runs, until other processes use less than 5 % of the CPUs."""
     runs = []
     while len(runs) < 3 and all(run["others_share"] > 0.05 for run in runs):
         runs.append(in_own_process(name, base, steps))
@@ -324,7 +324,7 @@ def table(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict], losses: dict[str, list[float]]) -> dict:
-    """What the goals ask for: two ratios, equal losses, the distance from the limit."""
+    """Speed and memory ratios, the difference of losses, and the distance from the limit."""
     found = {row["row"]: row for row in rows}
 
     def ratio(one: str, other: str, key: str) -> float:

@@ -12,21 +12,23 @@
 # ---
 
 # %% [markdown]
-# # Teach the base model to answer
+# # Train the base model on the assistant's tokens
 #
-# The pretrained model continues text. Here it learns to answer: supervised fine-tuning by
-# maximum likelihood on the assistant's tokens, given everything before them,
+# The pretrained model continues text. Supervised fine-tuning (SFT) teaches it to respond to
+# messages: maximum likelihood on the assistant's tokens, given everything before them,
 #
 # $$\mathcal{L} = -\frac{1}{|A|}\sum_{t \in A} \log p_\theta(x_t \mid x_{<t}),$$
 #
-# where $A$ is the set of tokens that notebook 02 marked. The weights stay frozen in 4 bits (QLoRA:
-# NF4 with double quantisation) and the update is a product of two thin matrices beside each
-# attention projection, $W + \frac{\alpha}{r} B A$ with rank $r$ (LoRA).
+# where $A$ is the set of tokens that the mask of notebook 02 selects. The base weights are frozen
+# and quantised to 4 bits (QLoRA: NF4 with double quantisation). The trained part is a low-rank
+# update beside each attention projection, $W + \frac{\alpha}{r} B A$ with rank $r$ (LoRA).
 #
-# **What you will see:** how many numbers are trained and for how many steps; the check of the
-# trainer's labels against the audit; the loss; and the same prompts before and after.
-# **In:** the slice (01) and its audit (02). **Out:** `03_sft_train/adapter/`, `train_log.jsonl`,
-# `summary.json`.
+# **What you will see:** the number of trained parameters and of optimizer steps, the comparison of
+# the trainer's labels with the audit, the loss, and responses to the same prompts before and after.
+#
+# **Inputs:** the subset (01) and its audit (02).
+#
+# **Outputs:** `03_sft_train/adapter/`, `train_log.jsonl`, `summary.json`.
 
 # %% tags=["parameters"]
 CONFIG = "sft_qwen05b"
@@ -75,13 +77,13 @@ repo = hub.preflight(config)  # now, not after the training
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
-# ## The gate comes first
+# ## Gate: only audited rows reach the trainer
 #
-# Nothing is loaded before the audit of exactly this slice, tokenizer and length has passed. Rows
-# that it left out are left out here too, and nothing replaces them.
+# No weights are loaded before the audit of exactly this subset, tokenizer and `max_length` has
+# passed. Rows that the audit excludes are excluded here too, and they are not replaced.
 #
-# A row can be handed over and still not train: when `max_length` cuts away all of its answers, TRL
-# drops it. The audit has predicted those too, so the number of steps below counts without them.
+# TRL silently drops a row when `max_length` cuts off all of its assistant tokens. The audit
+# predicts these rows, so that the number of steps below does not count them.
 
 # %%
 source = artifacts.require(data.STAGE, config, out, data.prepare)
@@ -89,33 +91,51 @@ audited = audit.require_passed(config, out, source)
 verdicts = {row["idx"]: row["verdict"] for row in artifacts.read_jsonl(audited / audit.ROWS)}
 kept = [idx for idx, verdict in verdicts.items() if verdict != "excluded"]
 conversations = data.read(source)
+validation = data.read(source, "validation")
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
 
 # %% [markdown]
-# ## The smallest example: how many steps is one epoch?
+# ## Smallest example: how many steps are one epoch?
 #
-# A step updates the weights once, after `batch x accumulation` rows. The published page of this
-# recipe says "about 80 steps"; the arithmetic says otherwise, and the trainer agrees with the
-# arithmetic. One epoch, since low-rank updates on so few rows soon learn them by heart; a warm-up
-# of three in a hundred steps, since the run is short.
+# One optimizer step processes `batch size x gradient accumulation` rows. The published write-up of
+# this recipe says "about 80 steps"; the arithmetic gives 313, and so does the trainer. The recipe
+# trains for one epoch, because LoRA overfits so few rows quickly, and warms up over 3 % of the
+# steps.
 
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-print(f"recipe: 5,000 / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
+print(f"recipe: 5,000 rows / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
 rows = sum(verdict == "ok" for verdict in verdicts.values())
 steps = math.ceil(config.train.num_train_epochs * math.ceil(rows / rows_per_step))
 steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
-print(f"this run: {rows:,} rows, {rows_per_step} a step -> {steps} steps")
+print(f"this run: {rows:,} rows, {rows_per_step} per step -> {steps} steps")
 
 # %% [markdown]
-# ## The model: 4-bit weights, a thin trainable update
+# ## The tokenizer
 #
-# The base is loaded quantised: each weight is one of sixteen levels that are spaced as the values
-# of a normal distribution are (NF4), times a scale for its block, and the scales are quantised once
-# more. Nothing of it is trained. LoRA adds to each projection that the config lists a matrix $A$
-# that brings the inputs down to $r$ numbers and a matrix $B$, zero at first, that takes them up to
-# the outputs: `r x (inputs + outputs)` numbers. $\alpha = 2r$ keeps the update's scale when $r$
-# changes. At Qwen2.5-0.5B's shape, 24 layers of hidden size 896:
+# The tokenizer comes from the Instruct model, because the base model has no chat template of its
+# own. Both vocabularies must be identical, otherwise an id would mean different tokens to the
+# tokenizer and to the weights. The patch from notebook 02 marks the assistant's tokens in the
+# template. The original template is kept, to be saved with the adapter.
+
+# %%
+from atlas_lib import template
+
+tokenizer = models.load_tokenizer(config)
+models.check_vocabulary(tokenizer, config)
+original_template = tokenizer.chat_template
+template.patch_chat_template_for_assistant_mask(tokenizer)
+print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")
+
+# %% [markdown]
+# ## The model: 4-bit weights and a low-rank update
+#
+# NF4 stores each weight as one of sixteen values, spaced like the quantiles of a normal
+# distribution, times a scale per block; double quantisation stores the scales in 8 bits as well.
+# These weights are frozen. LoRA adds two matrices to each projection that the config lists: $A$
+# maps the inputs to $r$ numbers and $B$, zero at the start, maps those to the outputs. Together
+# they have `r x (inputs + outputs)` parameters. $\alpha = 2r$ keeps the scale of the update when
+# $r$ changes. At the shape of Qwen2.5-0.5B, with 24 layers and hidden size 896:
 
 # %%
 attention = {"q": (896, 896), "k": (896, 128), "v": (896, 128), "o": (896, 896)}
@@ -125,99 +145,115 @@ for targets in (attention, attention | mlp):
     print(f"r=16 on {', '.join(targets)}: {layer:,} x 24 layers = {24 * layer:,}")
 
 # %% [markdown]
-# The recipe trains the first of these; the second is a variant of ours. What this run trains is
-# counted below by the model itself, which has the last word.
+# The published recipe trains the attention projections; training all seven is a variant of this
+# project. At half a billion parameters the weights would fit in 16 bits as well, but larger models
+# need the 4-bit path.
 
 # %%
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
-
-from atlas_lib import template
-from atlas_lib.train import callbacks, memory
-
-tokenizer = models.load_tokenizer(config)
-models.check_vocabulary(tokenizer, config)
-original = tokenizer.chat_template
-template.patch_chat_template_for_assistant_mask(tokenizer)
 in_4bit = config.quantization.load_in_4bit
 base = models.load_weights("base", config, device, in_4bit)
 print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_type)
-recompute = memory.must_checkpoint(base, config, device)
 
 # %% [markdown]
-# Freezing the base in 4 bits is what makes this fit anywhere: the weights shrink to a quarter of
-# their 16-bit size, and only the thin update needs gradients and optimizer state. At half a billion
-# parameters it would fit without, but this is the path that larger models have to take.
-# *Activation checkpointing* forgets what the forward pass computed and computes it again when the
-# backward pass needs it: a third more work for a fraction of the memory.
+# ## The recipe
 #
-# ## The training cell
-#
-# This is the whole recipe: everything under `train:` in the config goes straight into TRL's
-# `SFTConfig`, and the precision follows the device. TRL makes the adapter of a 4-bit model bfloat16
-# and this cell puts it back to float32: float16's gradient scaler cannot work on bfloat16, and
-# small updates would be rounded away in it.
-#
-# Three callbacks watch: one prints, one stops at a loss that is not a number, and one writes a
-# checkpoint every few minutes, so that a session that dies costs minutes.
+# Everything under `train:` in the config is passed to TRL's `SFTConfig`, and everything under
+# `lora:` to peft's `LoraConfig`. `assistant_only_loss` restricts the loss to the marked tokens.
 
 # %%
+from peft import LoraConfig
+
+recipe = {"seed": config.seed, **config.train.model_dump(exclude_unset=True)}
+lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
+for name, value in recipe.items():
+    print(f"{name}: {value}")
+print(f"LoRA: r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}")
+print(f"LoRA modules: {', '.join(config.lora.target_modules)}")
+
+# %% [markdown]
+# ## What depends on the device
+#
+# The precision follows the device: a T4 has no bfloat16. *Activation checkpointing* discards the
+# activations of the forward pass and recomputes them during the backward pass, which costs about a
+# third more computation and saves most of their memory. If the config leaves it open, it is used
+# only when the activations do not fit in free memory. Checkpoints are written every few minutes,
+# so that an interrupted session loses little work.
+
+# %%
+from atlas_lib.train import callbacks, memory
+
+precision = {"fp16": device.dtype == "float16", "bf16": device.dtype == "bfloat16"}
 checkpoints = callbacks.Checkpoints(config, out, device, [source, audited])
-arguments = {
-    "seed": config.seed,
-    "fp16": device.dtype == "float16",
-    "bf16": device.dtype == "bfloat16",
-    "use_cpu": device.name == "cpu",
-    "disable_tqdm": True,
-    **config.train.model_dump(exclude_unset=True),
+for_this_run = {
+    "activation_checkpointing": memory.must_checkpoint(base, config, device),
     "output_dir": str(checkpoints.folder),
-    "activation_checkpointing": recompute,
     "report_to": tracking.report_to(config, out),
 }
+
+# %% [markdown]
+# ## The trainer
+#
+# Three callbacks watch the training: one prints progress, one stops at a loss that is not finite,
+# and one writes the checkpoints.
+
+# %%
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+arguments = {"use_cpu": device.name == "cpu", "disable_tqdm": True}
+arguments |= precision | recipe | for_this_run
 trainer = SFTTrainer(
     model=base,
     args=SFTConfig(**compat.trainer_arguments(arguments)),
     train_dataset=Dataset.from_list([{"messages": conversations[idx]} for idx in kept]),
-    eval_dataset=Dataset.from_list(
-        [{"messages": chat} for chat in data.read(source, "validation")]
-    ),
+    eval_dataset=Dataset.from_list([{"messages": chat} for chat in validation]),
     processing_class=tokenizer,
-    peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
+    peft_config=lora,
     callbacks=[callbacks.ProgressLines(), callbacks.LossGuard(), checkpoints],
 )
-trainer.remove_callback(PrinterCallback)  # ours says how much time is left
-compat.fit_loss_to_cpu(device)
-compat.keep_adapter_in_float32(trainer.model)
-trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
-assert trained_types == {"torch.float32"}, trained_types
-
-# %%
-trainable, total = adapters.parameter_counts(trainer.model)
-print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-compared = audit.check_trainer(trainer.train_dataset, audited)
-print(f"{compared:,} rows: the trainer's labels are exactly those that the audit proved")
 
 # %% [markdown]
-# That last line is the point of notebook 02: not a sample, not a re-rendering, but the labels in
-# the trainer's own data set, all of them. Had one token differed, the cell would have raised.
+# TRL casts the adapter of a 4-bit model to bfloat16. The next cell casts it back to float32: the
+# gradient scaler of float16 training cannot handle bfloat16, and small updates would be rounded
+# away. On a CPU it also makes TRL's loss skip the positions that carry no loss, which changes its
+# speed and not its value.
 
 # %%
+from transformers import PrinterCallback
+
+compat.keep_adapter_in_float32(trainer.model)
+compat.fit_loss_to_cpu(device)
+trainer.remove_callback(PrinterCallback)  # replaced by ProgressLines
+trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+assert trained_types == {"torch.float32"}, trained_types
+trainable, total = trainer.model.get_nb_trainable_parameters()
+print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+
+# %% [markdown]
+# ## The trainer's labels are those of the audit
+#
+# The comparison covers every row of the trainer's own dataset, as the loss will see it. One
+# differing token raises an error.
+
+# %%
+compared = audit.check_trainer(trainer.train_dataset, audited)
+print(f"{compared:,} rows: the trainer's labels are identical to the audited ones")
+
+# %% tags=["train"]
 with checkpoints.listening():
     result = trainer.train(resume_from_checkpoint=checkpoints.resume_from)
-checkpoints.require_finished(result.global_step, steps)
-assert result.global_step == steps, "the trainer does not agree with the arithmetic"
-validation = trainer.evaluate()
+assert result.global_step == steps, "the number of steps differs from the arithmetic above"
+validation_loss = trainer.evaluate()["eval_loss"]
+assert math.isfinite(validation_loss), "the validation loss is not finite"
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
-first_loss, last_loss = log[0]["loss"], callbacks.recent_loss(log, steps=10)
-assert math.isfinite(validation["eval_loss"]), "the validation loss is not a number"
+first_loss = log[0]["loss"]
+last_loss = sum(entry["loss"] for entry in log[-3:]) / len(log[-3:])
 
 # %% [markdown]
 # ## The loss
 #
-# A falling curve alone proves little, since it also falls when the mask is wrong. Together with the
-# check above it says that the model gets better at the assistant's words, and only at those.
+# A falling curve proves little by itself, because it also falls with a wrong mask. Together with
+# the comparison above it shows that the model improves on the assistant's tokens alone.
 
 # %%
 import matplotlib.pyplot as plt
@@ -226,27 +262,25 @@ from atlas_lib import figures
 
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", label="training")
-axes.axhline(
-    validation["eval_loss"], color="#c44e52", linestyle="--", label="validation, at the end"
-)
+axes.axhline(validation_loss, color="#c44e52", linestyle="--", label="validation, at the end")
 axes.set(xlabel="step", ylabel="loss on assistant tokens")
 finding = f"Loss {first_loss:.2f} to {last_loss:.2f} in {result.global_step} steps"
 axes.set_title(finding)
 axes.legend(frameon=False)
-ending = f"the dashed validation loss at the end is {validation['eval_loss']:.2f}"
+ending = f"the dashed validation loss at the end is {validation_loss:.2f}"
 figures.show(figure, f"Curve of the training loss. {finding}; {ending}.", config.label)
 
 # %% [markdown]
-# The dashed line is the loss on conversations that were never trained on. If it lay far above the
-# end of the curve, the model would have learned the rows by heart.
+# The dashed line is the loss on conversations that were not trained on. A validation loss far above
+# the end of the curve would mean that the model has memorised the training rows.
 #
-# ## Ask it something
+# ## Responses before and after
 #
-# Edit the prompts and run the cell again. The same weights answer twice: once with the adapter
-# switched off, once with it on. A few first turns of the validation rows are asked as well, to see
-# whether it has learned to stop.
+# The same model responds to each prompt twice, with the adapter disabled and enabled. Edit the
+# prompts and run the cell again. The first turns of a few validation rows are added to measure the
+# EOS rate, the share of responses that the model ends itself with `<|im_end|>`.
 
-# %%
+# %% tags=["sample-responses"]
 prompts = [
     "Write a short note on kayaking. Do not use any commas.",
     "Tell me about sculpture. Wrap your whole answer in double quotation marks.",
@@ -254,40 +288,57 @@ prompts = [
 ]
 with trainer.model.disable_adapter():
     before = decoding.generate(trainer.model, tokenizer, prompts, "chat", 80, len(prompts))
-firsts = [chat for chat in data.read(source, "validation") if chat[0]["role"] == "user"][:5]
-asked = prompts + [chat[0]["content"] for chat in firsts]
+first_turns = [chat[0]["content"] for chat in validation if chat[0]["role"] == "user"][:5]
 cap = min(512, config.eval.max_new_tokens)
-after = decoding.generate(trainer.model, tokenizer, asked, "chat", cap, len(asked))
-for prompt, was, now in zip(prompts, before, after, strict=False):
-    print(f"PROMPT {prompt}\n  base {was['response']!r}\n  SFT  {now['response'][:400]!r}\n")
-stop_share = decoding.diagnose(after)["stop_rate"]
-print(f"SFT ends {stop_share:.0%} of {len(asked)} answers by itself, within {cap} tokens")
-
-# %% [markdown]
-# The base goes on writing, the fine-tuned model answers and stops. A few prompts are an
-# illustration and fail no run; the measurement is notebook 04.
-#
-# ## Save, and say what was done
-#
-# The adapter goes to disk with the tokenizer beside it. Its default template is the original one,
-# because plain Jinja readers cannot parse the markers; the patched one is kept under the name
-# `training`. Before the stage counts as finished, a fresh base with the adapter from disk has to
-# give the trained model's logits: what is handed over is what was trained.
+everything = prompts + first_turns
+after = decoding.generate(trainer.model, tokenizer, everything, "chat", cap, len(everything))
 
 # %%
-losses = {"first_loss": first_loss, "last_loss": last_loss}
-losses["validation_loss"] = validation["eval_loss"]
-size = {"steps": result.global_step, "rows_compared_with_audit": compared}
-size |= {"trainable_parameters": trainable, "total_parameters": total}
-spent = {"precision": device.dtype, "seconds": checkpoints.seconds()}
-spent |= {"resumed_after_step": checkpoints.resumed_after, "activation_checkpointing": recompute}
-summary = {"label": config.label, **size, **losses, **spent}
-summary |= {"stop_share": stop_share, "answers": len(asked)}
+for prompt, base_response, sft_response in zip(prompts, before, after, strict=False):
+    print(f"prompt  {prompt}")
+    print(f"  base  {base_response['response']!r}")
+    print(f"  SFT   {sft_response['response'][:400]!r}\n")
+eos_rate = sum(response["stop"] == template.END_OF_TURN for response in after) / len(after)
+print(f"EOS rate: {eos_rate:.0%} of {len(after)} SFT responses, within {cap} tokens")
+
+# %% [markdown]
+# The base model continues the text until it reaches the limit, and the fine-tuned model responds
+# and stops. These prompts are an illustration; notebook 04 is the measurement.
+#
+# ## Save the adapter and a record of the run
+#
+# The tokenizer is saved beside the adapter. Its default chat template is the original one, because
+# other Jinja readers cannot parse the generation markers; the patched template is saved under the
+# name `training`. The gate of this stage: a newly loaded base model with the adapter from disk must
+# give the same logits as the trained model.
+
+# %%
+measured = {
+    "steps": result.global_step,
+    "rows_compared_with_audit": compared,
+    "trainable_parameters": trainable,
+    "total_parameters": total,
+    "first_loss": first_loss,
+    "last_loss": last_loss,
+    "validation_loss": validation_loss,
+    "eos_rate": eos_rate,
+    "responses": len(after),
+}
+
+# %%
+summary = {
+    "label": config.label,
+    **measured,
+    "precision": device.dtype,
+    "seconds": checkpoints.seconds(),
+    "resumed_after_step": checkpoints.resumed_after,
+    "activation_checkpointing": for_this_run["activation_checkpointing"],
+}
 
 # %%
 with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
     adapter = folder / "adapter"
-    adapters.save_adapter(trainer.model, adapter, config, tokenizer, original)
+    adapters.save_adapter(trainer.model, adapter, config, tokenizer, original_template)
     fresh = models.attach_adapter(models.load_weights("base", config, device, in_4bit), adapter)
     probe = trainer.train_dataset[0]["input_ids"][:256]
     summary["reload_difference"] = adapters.logits_difference(trainer.model, fresh, probe, device)
@@ -295,25 +346,25 @@ with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
     artifacts.write_jsonl(folder / "train_log.jsonl", trainer.state.log_history)
     figure.savefig(folder / "loss.png", dpi=150)
     artifacts.write_json(folder / "summary.json", summary)
-    model_card.write(adapter, config, summary, audit.read_summary(audited), repo)
-checkpoints.remove()  # the recipe's single save has taken their place
-print(f"saved and reloaded: logits differ by {summary['reload_difference']:.1e} of the largest")
+    model_card.write_card(adapter, config, summary, audit.read_summary(audited), repo)
+checkpoints.remove()
+print(f"after reloading, logits differ by {summary['reload_difference']:.1e} of the largest logit")
 
 # %% [markdown]
-# ## Push it, if a token and a repository are there
+# ## Push the adapter to the hub
 #
-# The token was tried before the training. If the upload fails all the same, the adapter is safe in
-# the output folder, and the command that sends it later is printed.
+# Nothing is pushed without a token and a repository. Write access was checked before the training;
+# if the upload fails nevertheless, the command that repeats it is printed.
 
 # %%
-hub.push(adapter, repo, config)
+hub.push_adapter(adapter, repo, config)
 
 # %%
 headline.update(
     Markdown(
         f"**{result.global_step} steps over {compared:,} audited conversations take the loss from "
-        f"{first_loss:.3f} to {last_loss:.3f}, {validation['eval_loss']:.3f} on the "
-        f"validation rows.** {config.label}"
+        f"{first_loss:.3f} to {last_loss:.3f}; on validation rows it is {validation_loss:.3f}.** "
+        f"{config.label}"
     )
 )
 
@@ -326,11 +377,12 @@ notebooks.keep("03_sft_train", out)
 # %% [markdown]
 # ## Summary
 #
-# The adapter was trained on exactly the tokens that the audit proved, and saved with what it takes
-# to repeat it.
+# The loss covered exactly the tokens that the audit had verified, and the adapter is saved with the
+# configuration that reproduces it.
 #
 # **What did not work:** the first published version of this recipe started from the Instruct
-# weights with TRL's default mask, learned to write the user's questions too, and fell in every
-# evaluation.
+# weights with TRL's default mask. It learned to write the user's questions as well, and every
+# evaluation fell.
 #
-# **Next:** [04_ifeval_eval](04_ifeval_eval.ipynb) asks whether it follows instructions better.
+# **Next:** [04_ifeval_eval](04_ifeval_eval.ipynb) measures whether the model follows instructions
+# better.

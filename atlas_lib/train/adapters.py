@@ -1,54 +1,52 @@
 """Save an adapter, and compare what was saved with what was trained."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from atlas_lib.devices import Device
 from atlas_lib.models import stop_ids
 
-
-def parameter_counts(model: Any) -> tuple[int, int]:
-    """Trainable and total parameters; a 4-bit weight counts once, not per packed byte."""
-    counts = [
-        (
-            p.requires_grad,
-            p.numel() * (2 if p.dtype.itemsize == 1 and not p.is_floating_point() else 1),
-        )
-        for p in model.parameters()
-    ]
-    return sum(n for trained, n in counts if trained), sum(n for _, n in counts)
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 def save_adapter(
-    model: Any, folder: Path, config: Any, tokenizer: Any, original_template: str
+    model: "PeftModel",
+    folder: Path,
+    config: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    original_template: str,
 ) -> None:
-    """Adapter, tokenizer and generation config into `folder`, nothing pickled, no hub asked.
+    """Write adapter, tokenizer and generation config into `folder`, without pickles or requests.
 
-    `original_template` becomes the default one; the tokenizer's marked one is kept as `training`.
+    `original_template` becomes the default one; the tokenizer's patched one is kept as `training`.
     """
-    import copy
-
     from transformers import GenerationConfig
 
     lora = model.peft_config[model.active_adapter]
     lora.base_model_name_or_path, lora.revision = config.model.base, config.model.base_revision
     model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
-    (folder / "README.md").unlink(missing_ok=True)  # peft's stub says nothing
+    (folder / "README.md").unlink(missing_ok=True)  # peft's stub; model_card writes the real one
     saved = copy.deepcopy(tokenizer)
     saved.chat_template = {"default": original_template, "training": tokenizer.chat_template}
     saved.save_pretrained(folder)
-    # Without it a fresh base + adapter stops at <|endoftext|> only.
+    # Without a generation config, base + adapter would stop at <|endoftext|> only.
     settings = GenerationConfig(eos_token_id=stop_ids(saved), pad_token_id=saved.pad_token_id)
     settings.save_pretrained(folder)
 
 
-def logits_difference(one: Any, other: Any, input_ids: list[int], device: Any) -> float:
-    """Largest difference between two models' logits, in units of their largest logit."""
+def logits_difference(
+    one: "PeftModel", other: "PeftModel", input_ids: Sequence[int], device: Device
+) -> float:
+    """Largest absolute difference between two models' logits, divided by the largest logit."""
     import torch
 
     ids = torch.tensor([input_ids], device=device.name)
-    autocast = torch.autocast(  # as in training, where the trainer wraps its model
-        device.name, getattr(torch, device.dtype), enabled=device.dtype != "float32"
-    )
+    mixed = device.dtype != "float32"  # the trainer has wrapped its own model in autocast
+    autocast = torch.autocast(device.name, getattr(torch, device.dtype), enabled=mixed)
     with torch.inference_mode(), autocast:
-        first, second = (m.eval()(input_ids=ids).logits.float() for m in (one, other))
+        first, second = (model.eval()(input_ids=ids).logits.float() for model in (one, other))
     return float((first - second).abs().max() / first.abs().max())

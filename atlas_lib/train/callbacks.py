@@ -1,4 +1,4 @@
-"""What watches the trainer: lines of progress, the first bad loss, checkpoints by wall clock."""
+"""Callbacks of the trainer: progress lines, a check of the loss, and checkpoints by wall clock."""
 
 import contextlib
 import hashlib
@@ -14,14 +14,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from atlas_lib import artifacts, bootstrap, progress, session
+from atlas_lib.devices import Device
 
-STAGE = "03_sft_train"
-MARKER = "atlas.json"  # written last into a checkpoint: without it, it is half a checkpoint
-SCALER_STEPS = 3  # in which a float16 gradient scaler may still be looking for its scale
+COMPLETE = "atlas.json"  # written last into a checkpoint, which is incomplete without it
+SCALER_STEPS = 3  # in which a float16 gradient scaler may still be searching for its scale
 
 
 class ProgressLines(TrainerCallback):
-    """A line at each log: step, loss, time left."""
+    """Print step, loss and remaining time at each log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -35,10 +35,10 @@ class ProgressLines(TrainerCallback):
 
 
 class LossGuard(TrainerCallback):
-    """Stop at a loss or a gradient that is not finite. Raises FloatingPointError.
+    """Stop the training at a loss or a gradient that is not finite. Raises FloatingPointError.
 
-    A float16 scaler overflows on purpose while it looks for its scale, and now and then afterwards:
-    such a step is skipped, so only gradients that stay infinite stop the run.
+    A float16 scaler overflows while it searches for its scale, and occasionally afterwards. The
+    optimizer skips such a step, so only gradients that remain infinite stop the training.
     """
 
     def __init__(self):
@@ -48,30 +48,30 @@ class LossGuard(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         loss, gradient = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        if not math.isfinite(loss):  # the scaler never touches it
-            self._stop("loss", loss, state.global_step, args)
         searching = args.fp16 and state.global_step <= SCALER_STEPS
         self.overflows = 0 if math.isfinite(gradient) or searching else self.overflows + 1
-        if self.overflows > (2 if args.fp16 else 0):
-            self._stop("gradient norm", gradient, state.global_step, args)
-
-    def _stop(self, what: str, value: float, step: int, args: Any) -> None:
+        if math.isfinite(loss) and self.overflows <= (2 if args.fp16 else 0):
+            return
         raise FloatingPointError(
-            f"The {what} is {value} at step {step}: nothing more would be learned. Look at "
-            f"train.learning_rate ({args.learning_rate:g}), train.max_grad_norm "
-            f"({args.max_grad_norm:g}), the precision printed above, and the rows of this step."
+            f"Loss {loss} and gradient norm {gradient} at step {state.global_step}: training has "
+            f"diverged. Lower train.learning_rate ({args.learning_rate:g}) or train.max_grad_norm "
+            f"({args.max_grad_norm:g}), or look for an unusual row in this step."
         )
 
 
 class Checkpoints(TrainerCallback):
-    """Checkpoints below OUT, by wall clock, at the last step, and before the session is taken away.
+    """Save by wall clock, at the last step, on SIGTERM and shortly before the session ends.
 
-    A checkpoint counts only for the same configuration, inputs and precision; `resume_from` is the
-    newest such one, in OUT or below /kaggle/input, or None. `folder` is the trainer's output_dir.
+    `folder` is the trainer's output_dir. `resume_from` is the newest checkpoint, in OUT or below
+    /kaggle/input, of the same configuration, inputs and precision; None if there is none.
+
+    transformers' enable_jit_checkpoint does not serve: it saves between a forward pass and its
+    optimizer step, after which resumed dropout differs, and it calls no `on_save`. Its
+    get_last_checkpoint takes incomplete checkpoints and those of another configuration.
     """
 
-    def __init__(self, config: Any, out: Path, device: Any, inputs: Sequence[Path]):
-        made_from = artifacts.relevant(STAGE, config) | {"precision": device.dtype}
+    def __init__(self, config: Any, out: Path, device: Device, inputs: Sequence[Path]):
+        made_from = artifacts.relevant("03_sft_train", config) | {"precision": device.dtype}
         made_from |= {path.name: artifacts.fingerprint(path) for path in inputs}
         text = json.dumps(made_from, sort_keys=True)
         self.made_from = json.loads(text)
@@ -79,56 +79,37 @@ class Checkpoints(TrainerCallback):
         self.folder = self.home / hashlib.sha256(text.encode()).hexdigest()[:12]
         self.interval = config.run.checkpoint_minutes * 60
         self.deadline = session.session_deadline(config)
-        self.reason: str | None = None  # why training has to stop early
+        self.reason: str | None = None  # why the training has to stop early
         self.resumed_after, self.seconds_before, self.resume_from = self._newest()
 
     def _newest(self) -> tuple[int, float, str | None]:
-        """Step, seconds and folder of the checkpoint to go on from; half ones of ours go."""
-        fitting: dict[int, tuple[float, Path]] = {}
-        for home in [self.home, *sorted(artifacts.KAGGLE_INPUT.rglob("checkpoints"))]:
-            for checkpoint in sorted(home.glob("*/checkpoint-*")):
-                problem, seconds = self._examine(checkpoint)
-                if not problem:
-                    fitting[int(checkpoint.name.partition("-")[2])] = seconds, checkpoint
-                    continue
-                print(f"{checkpoint} is not used: {problem}.")
-                if checkpoint.parent == self.folder:
-                    shutil.rmtree(checkpoint)
-        if not fitting:
-            return 0, 0.0, None
-        step, (seconds, newest) = max(fitting.items())
-        print(f"Going on after step {step}, from {newest}.")
-        return step, seconds, str(newest)
-
-    def _examine(self, checkpoint: Path) -> tuple[str | None, float]:
-        """(why it cannot be used or None, seconds that it took)."""
-        try:
-            marker = json.loads((checkpoint / MARKER).read_bytes())
-            there, seconds = marker["made_from"], marker["seconds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return "it was not written to its end", 0.0
-        for key in sorted(there.keys() | self.made_from.keys()):
-            if there.get(key) != self.made_from.get(key):
-                here = self.made_from.get(key)
-                return f"{key} is {there.get(key)!r} there, {here!r} here", seconds
-        return None, seconds
+        """Step, seconds of training and folder of the checkpoint to resume from."""
+        found: list[tuple[int, float, str | None]] = [(0, 0.0, None)]
+        for home in (self.home, *artifacts.KAGGLE_INPUT.rglob("checkpoints")):
+            for path in sorted(home.glob(f"*/checkpoint-*/{COMPLETE}")):
+                marker = json.loads(path.read_bytes())
+                if problem := difference(marker["made_from"], self.made_from):
+                    print(f"{path.parent} is not resumed: {problem}.")
+                else:
+                    found.append((marker["step"], marker["seconds"], str(path.parent)))
+        step, seconds, newest = max(found, key=lambda checkpoint: checkpoint[0])
+        if newest:
+            print(f"Resuming after step {step} from {newest}.")
+        return step, seconds, newest
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Let a SIGTERM stop the training after the step; a second one is not held back."""
+        """Save and stop after the current step on SIGTERM; a second SIGTERM acts at once."""
 
-        def terminate(number, frame):
+        def stop(number, frame):
             self.reason = "SIGTERM"
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(number, before)
 
-        before = signal.getsignal(signal.SIGTERM)
-        with contextlib.suppress(ValueError):  # only a main thread may listen
-            signal.signal(signal.SIGTERM, terminate)
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.saved = time.monotonic()
@@ -138,52 +119,42 @@ class Checkpoints(TrainerCallback):
             self.reason = "the session's end is near, see run.session_hours"
         due = time.monotonic() - self.saved >= self.interval
         if due or self.reason or state.global_step >= state.max_steps:
-            # The log comes before the save: a loss that is not finite is never kept.
+            # The log comes before the save, so that LossGuard sees a bad loss before it is saved.
             control.should_save = control.should_log = True
         control.should_training_stop = control.should_training_stop or bool(self.reason)
 
     def on_save(self, args, state, control, **kwargs):
         newest = self.folder / f"checkpoint-{state.global_step}"
         self.saved = time.monotonic()
-        marker = {"made_from": self.made_from, "seconds": self.seconds()}
-        artifacts.write_json(newest / MARKER, marker)
-        for older in self.folder.glob("checkpoint-*"):
-            if older != newest:
-                shutil.rmtree(older)
+        marker = {"made_from": self.made_from, "step": state.global_step}
+        artifacts.write_json(newest / COMPLETE, marker | {"seconds": self.seconds()})
+        for older in set(self.folder.glob("checkpoint-*")) - {newest}:
+            shutil.rmtree(older)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Raises InterruptedError if the training was stopped before its last step."""
+        if not self.reason or state.global_step >= state.max_steps:
+            return
+        again = "run the same command again to resume"
+        if bootstrap.platform_name() == "kaggle":  # whose next session has an empty /kaggle/working
+            again = "add this version's output to the notebook's input and run it again"
+        raise InterruptedError(
+            f"Training stopped after step {state.global_step} of {state.max_steps} ({self.reason}) "
+            f"and is saved in {self.folder}; {again}."
+        )
 
     def seconds(self) -> float:
         """Time spent in training up to the last checkpoint, earlier sessions included."""
         return self.seconds_before + self.saved - self.started
 
-    def require_finished(self, step: int, steps: int) -> None:
-        """Raises InterruptedError if training was told to stop before its last step."""
-        if not self.reason or step >= steps:
-            return
-        again = "run the same again and it goes on from there"
-        if (
-            bootstrap.platform_name() == "kaggle"
-        ):  # the next session starts with an empty /kaggle/working
-            again = "add this version's output to the notebook's input, as a dataset, and run again"
-        raise InterruptedError(
-            f"Stopped after step {step} of {steps} ({self.reason}); a checkpoint is in "
-            f"{self.folder}: {again}."
-        )
-
     def remove(self) -> None:
-        """Forget all checkpoints in OUT: the finished stage is the one save that stays."""
+        """Delete all checkpoints in OUT, once the finished stage has replaced them."""
         shutil.rmtree(self.home, ignore_errors=True)
 
 
-def recent_loss(log: list[dict], steps: int = 10) -> float:
-    """Mean training loss of about the last `steps` steps of the trainer's log.
-
-    An entry is the mean since the entry before it, and checkpoints add entries by the clock.
-    """
-    entries = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    begins = [0, *(step for step, _ in entries)]
-    total, weight = 0.0, 0
-    for (step, loss), begin in reversed(list(zip(entries, begins, strict=False))):
-        total, weight = total + loss * (step - begin), weight + step - begin
-        if weight >= steps:
-            break
-    return total / weight
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first key whose values differ, in words; None if the two are equal."""
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+    return None

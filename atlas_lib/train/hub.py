@@ -1,167 +1,134 @@
-"""The adapter's way to the Hugging Face hub: proven open before training, taken after it."""
+"""Push the adapter to the Hugging Face hub; write access is checked before the training."""
 
-import contextlib
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atlas_lib import session
 
-ANSWER_SECONDS = 10  # for each of preflight's questions
-UPLOAD_SECONDS = 60  # for each step of a push, which the client tries six times
-# Files that were not finished, and pickles, which run code where they are loaded.
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFLIGHT_SECONDS = 10.0  # for each request of the preflight
+UPLOAD_SECONDS = 60.0  # for each request of a push, which the client repeats up to six times
+# Unfinished files, and pickles, which run code when they are loaded.
 UNPUBLISHED = ("*.part", "*.bin", "*.pt", "*.pkl")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def preflight(config: Any) -> str | None:
-    """The hub repository to push to, proven to be writable; None and a printed reason: no push.
+    """The repository to push to, created if necessary; None, with the reason printed: no push.
 
-    Nothing prompts. Raises ValueError where the user is mistaken, in the token or the name.
+    Never prompts. Raises ValueError if the token or the repository's name has to be corrected.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
-    output = config.output
+    output, off = config.output, None
     if not output.hub_repo:
-        print("Hub: off (output.hub_repo is not set).")
+        off = "output.hub_repo is not set"
+    elif constants.HF_HUB_OFFLINE:
+        off = "HF_HUB_OFFLINE is set"
+    elif not (token := _token()):
+        off = "no HF_TOKEN"
+    if off:
+        print(f"Hub: off ({off}); the adapter stays in OUT.")
         return None
-    token = None if constants.HF_HUB_OFFLINE else _token()
-    if not token:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no HF_TOKEN"
-        print(f"Hub: off ({reason}); the adapter stays in OUT.")
-        return None
-    later = _resolve(output.hub_repo, "USER")  # a wrong name is one, hub or no hub
+    name = _full_name(output.hub_repo, "USER")
     try:
-        with _patience(ANSWER_SECONDS):
-            repo, private = _claim(HfApi(token=token), output)
-    except ConnectionError as error:
-        command = _command(later, "OUT/03_sft_train/adapter", output.hub_private)
-        print(f"Hub: cannot be reached ({error}); the adapter stays in OUT, to push: {command}")
-        return None
-    kept = "public already; output.hub_private does not change what exists"
-    seen = "private" if private else kept if output.hub_private else "public"
-    print(f"Hub: will push to {repo} ({seen})")
-    return repo
+        return _claim(_client(token, PREFLIGHT_SECONDS), output)
+    except Exception as error:  # the client lets every kind of transport error through
+        reason = _reason(error, token)
+        if not _refused(error):
+            print(f"Hub: not reachable ({reason}); the adapter stays in OUT. To push it, run:")
+            print(_command(name, "OUT/03_sft_train/adapter", output.hub_private))
+            return None
+    raise ValueError(
+        f"The hub refuses HF_TOKEN ({reason}); create one that can write to {output.hub_repo} at "
+        f"{TOKENS}, write {{user}}/name, or set output.hub_repo=null."
+    )
 
 
-def push(folder: Path, repo: str | None, config: Any) -> str | None:
-    """Upload the adapter's `folder` to preflight's `repo`: the commit's URL; None: not pushed.
+def push_adapter(folder: Path, repo: str | None, config: Any) -> None:
+    """Upload `folder` to preflight's `repo`.
 
-    A failure is printed, with the command that repeats the push: the run must still end well.
+    A failure is printed with the command that repeats the push; it does not fail the run.
     """
     if repo is None:
-        return None
-    from huggingface_hub import HfApi
-
+        return
     token = None
     try:
         token = _token()
-        with _patience(UPLOAD_SECONDS):
-            commit = HfApi(token=token).upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                commit_message="Adapter trained by Atlas",
-                ignore_patterns=list(UNPUBLISHED),
-            )
+        commit = _client(token, UPLOAD_SECONDS).upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Adapter trained by Atlas",
+            ignore_patterns=list(UNPUBLISHED),
+        )
+        print(f"Hub: pushed to {commit.commit_url}")
     except Exception as error:
-        why = _why(error, token)
-        print(f"Hub: the push to {repo} failed ({why}); the adapter is safe. Repeat it with:")
+        print(f"Hub: the push to {repo} failed ({_reason(error, token)}). To repeat it, run:")
         print(_command(repo, Path(folder).resolve(), config.output.hub_private))
-        return None
-    print(f"Hub: pushed to {commit.commit_url}")
-    return commit.commit_url
+
+
+def _client(token: str | None, seconds: float) -> "HfApi":
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = seconds  # the client's own default is to wait forever
+    return HfApi(token=token)
 
 
 def _token() -> str | None:
-    """The user's token; None: there is none. Raises ValueError for what cannot be one."""
+    """The user's token, or None. Raises ValueError for one that no request can carry."""
     from huggingface_hub import get_token
 
     token = (session.secret("HF_TOKEN") or "").strip() or get_token()
-    if token and not (token.isascii() and token.isprintable()):
-        # No request could carry it, and the client's exception would quote it.
-        raise ValueError(f"HF_TOKEN holds a character that no token has; copy it from {TOKENS}.")
+    if token and not (token.isascii() and token.isprintable()):  # the client would quote it
+        raise ValueError(f"HF_TOKEN contains an invalid character; copy it again from {TOKENS}.")
     return token
 
 
-def _resolve(name: str, user: str) -> str:
-    """output.hub_repo as "namespace/name", the user's own namespace if it gives none."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+def _full_name(name: str, user: str) -> str:
+    """output.hub_repo as "namespace/name"; the namespace defaults to `user`. Raises ValueError."""
+    from huggingface_hub.utils import validate_repo_id
 
     repo = name.replace("{user}", user)
     repo = repo if "/" in repo else f"{user}/{repo}"
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise ValueError(
-            f"output.hub_repo {name!r} does not name a repository; write namespace/name with "
-            "letters, digits, single '-', '_' and '.', and no placeholder but {user}."
-        ) from None
+    validate_repo_id(repo)
     return repo
 
 
-def _claim(api: Any, output: Any) -> tuple[str, bool]:
-    """(repository, whether it is private), made if need be and proven to be writable."""
-    me = _ask(api, api.whoami, f"The hub refuses HF_TOKEN (%s); make a new one at {TOKENS}.")
+def _claim(api: "HfApi", output: Any) -> str:
+    """The repository's name, after creating it if necessary and checking write access."""
+    me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(
-            f"HF_TOKEN can only read; make one that can write at {TOKENS}, or set "
-            "output.hub_repo=null."
-        )
-    repo = _resolve(output.hub_repo, me["name"])
-    owner, owners = repo.split("/")[0], [me["name"], *(org["name"] for org in me.get("orgs", []))]
-    if owner not in owners:
-        raise ValueError(
-            f"output.hub_repo is under {owner!r}, and HF_TOKEN belongs to {' and '.join(owners)}; "
-            "write {user}/name, or take a token of that namespace."
-        )
-    refusal = (
-        f"The hub does not let HF_TOKEN write to {repo} (%s); give it write access to {owner}'s "
-        f"repositories at {TOKENS}, or set output.hub_repo=null."
-    )
-    _ask(api, api.create_repo, refusal, repo, private=output.hub_private, exist_ok=True)
-    _ask(api, api.auth_check, refusal, repo, write=True)  # create_repo forgives a 403 if it exists
-    return repo, _ask(api, api.repo_info, refusal, repo).private
+        raise PermissionError("it is read-only")
+    repo = _full_name(output.hub_repo, me["name"])
+    api.create_repo(repo, private=output.hub_private, exist_ok=True)
+    api.auth_check(repo, write=True)  # create_repo accepts a 403 if the repository exists
+    visibility = "private" if api.repo_info(repo).private else "public"
+    if visibility == "public" and output.hub_private:
+        visibility = "already public, which output.hub_private does not change"
+    print(f"Hub: will push to {repo} ({visibility})")
+    return repo
 
 
-def _ask(api: Any, question: Callable, refusal: str, *args: Any, **options: Any) -> Any:
-    """The hub's answer. Raises ValueError(refusal % why), and ConnectionError if there is none."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return question(*args, **options)
-    except HfHubHTTPError as error:
-        status, why = error.response.status_code, _why(error, api.token)
-        if status in (408, 429) or status >= 500:
-            raise ConnectionError(why) from None
-        raise ValueError(refusal % why) from None
-    except Exception as error:  # the client lets every kind of its transport's through
-        raise ConnectionError(_why(error, api.token)) from None
+def _refused(error: Exception) -> bool:
+    """Whether the hub has refused, rather than being overloaded, out of order or unreachable."""
+    status = getattr(getattr(error, "response", None), "status_code", 503)
+    return isinstance(error, PermissionError) or (status < 500 and status not in (408, 429))
 
 
-def _why(error: Exception, token: str | None) -> str:
-    """An exception as one line that holds no token."""
-    response, said = getattr(error, "response", None), str(error)
+def _reason(error: Exception, token: str | None) -> str:
+    """An exception in one line, with the token masked."""
+    response, text = getattr(error, "response", None), str(error)
     if response is not None:  # the client's own text fills a paragraph
-        said = f"{response.status_code} {getattr(error, 'server_message', None) or ''}"
-    line = " ".join(said.split()).rstrip(".") or type(error).__name__
+        text = f"{response.status_code} {getattr(error, 'server_message', None) or ''}"
+    line = " ".join(text.split()).rstrip(".") or type(error).__name__
     return line.replace(token, "***") if token else line
 
 
-@contextlib.contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Bound each wait of the hub's client, which by itself waits forever."""
-    from huggingface_hub.utils import get_session
-
-    session = get_session()
-    before, session.timeout = session.timeout, seconds
-    try:
-        yield
-    finally:
-        session.timeout = before
-
-
 def _command(repo: str, folder: str | Path, private: bool) -> str:
-    """The shell command that does what push does."""
+    """The shell command that does what `push_adapter` does."""
     words = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
     return shlex.join([*words, *(word for p in UNPUBLISHED for word in ("--exclude", p))])

@@ -1,6 +1,5 @@
 """Where it runs, on what, with which secrets: every platform's oddities, planted."""
 
-import base64
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 
 from atlas_lib import artifacts, bootstrap, devices, notebooks, progress, session, stages
 from atlas_lib.config import load_config
-from atlas_lib.train import tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = "canary-2f9c1d"
@@ -317,140 +315,6 @@ def test_an_empty_secret_is_none(empty, on_kaggle, monkeypatch):
 
 def test_a_local_machine_has_only_its_environment():
     assert session.secret("WANDB_API_KEY") is None
-
-
-# --- W&B: the real client, against a stub of its service ------------------------------------------
-
-KEY = "canary2f9c1d" * 4  # W&B wants 40 characters
-
-
-@pytest.fixture(scope="module")
-def wandb_service():
-    """A W&B that knows one key. Its answer is what the client needs to know who asks."""
-
-    class Stub(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            token = self.headers.get("Authorization", "").removeprefix("Basic ")
-            known = base64.b64decode(token).decode().endswith(KEY) if token else False
-            self.send_response(200 if known else 401)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(b'{"data": {"viewer": {"id": "x", "entity": "me", "flags": "{}"}}}')
-
-        def log_message(self, *args):
-            pass
-
-    with loopback.serving(Stub) as address:
-        yield address
-
-
-@pytest.fixture
-def at_the_stub(wandb_service, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_BASE_URL", wandb_service)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where the client would look for, or leave, a key
-
-
-def test_wandb_is_on_with_a_key_which_is_not_shown(
-    at_the_stub, config, monkeypatch, tmp_path, capfd
-):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert tracking.report_to(config, tmp_path) == "wandb"
-    assert os.environ["WANDB_PROJECT"] == config.run.wandb_project
-    assert os.environ["WANDB_DIR"] == str(tmp_path)
-    assert "WANDB_MODE" not in os.environ
-    shown = "".join(capfd.readouterr())
-    assert "W&B: on" in shown
-    assert KEY not in shown
-    assert not (tmp_path / ".netrc").exists()
-
-
-@pytest.mark.parametrize("key", ["wrong" * 8, "short"])
-def test_a_wrong_key_switches_wandb_off_before_the_training(
-    key, at_the_stub, config, monkeypatch, tmp_path, capfd
-):
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    assert tracking.report_to(config, tmp_path) == "none"
-    assert os.environ["WANDB_MODE"] == "disabled"
-    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("W&B")]
-    assert line.startswith("W&B: off (")
-    assert key not in line
-
-
-def test_an_unreachable_wandb_is_off(at_the_stub, config, monkeypatch, tmp_path, capfd):
-    monkeypatch.setenv("WANDB_BASE_URL", UNREACHABLE)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert tracking.report_to(config, tmp_path) == "none"
-    assert "W&B: off (" in capfd.readouterr().out
-
-
-def test_a_wandb_that_never_answers_is_off(config, tmp_path, monkeypatch, capsys):
-    """Its service may outlive the process that asked, and hold on to its output."""
-    service = "[sys.executable, '-c', 'import time; time.sleep(20)']"
-    (tmp_path / "wandb.py").write_text(f"import subprocess, sys\nsubprocess.run({service})\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr(tracking, "WANDB_SECONDS", 1)
-    assert tracking.report_to(config, tmp_path) == "none"
-    assert "W&B: off (it does not answer within 1 s)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("key", [None, ""])
-def test_wandb_is_off_without_a_key(key, config, monkeypatch, tmp_path, capfd):
-    if key is not None:
-        monkeypatch.setenv("WANDB_API_KEY", key)
-    assert tracking.report_to(config, tmp_path) == "none"
-    assert os.environ["WANDB_MODE"] == "disabled"
-    assert "W&B: off" in capfd.readouterr().out
-
-
-def test_wandb_is_off_when_not_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    config = load_config("sft_qwen05b", "", {"train.report_to": "none"})
-    assert tracking.report_to(config, tmp_path) == "none"
-    assert os.environ["WANDB_MODE"] == "disabled"
-
-
-def test_offline_wandb_is_not_asked_whether_it_likes_the_key(config, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", UNREACHABLE)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert tracking.report_to(config, tmp_path) == "wandb"
-    assert os.environ["WANDB_MODE"] == "offline"
-
-
-def test_a_key_from_kaggle_reaches_wandb(at_the_stub, on_kaggle, config, monkeypatch, tmp_path):
-    kaggle_secrets(monkeypatch, lambda name: KEY)
-    assert tracking.report_to(config, tmp_path) == "wandb"
-    assert os.environ["WANDB_API_KEY"] == KEY
-
-
-def test_a_key_that_is_added_later_switches_wandb_on(at_the_stub, config, monkeypatch, tmp_path):
-    """The same session of a notebook: no key, cell run; key added, cell run again."""
-    assert tracking.report_to(config, tmp_path) == "none"
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert tracking.report_to(config, tmp_path) == "wandb"
-    mode = os.environ.get("WANDB_MODE")
-    assert mode != "disabled"
-
-
-@pytest.mark.parametrize("key", [None, "", "short"])
-def test_without_a_good_key_the_real_client_neither_prompts_nor_fails(key, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from atlas_lib.config import load_config\n"
-        "from atlas_lib.train import tracking\n"
-        "tracking.report_to(load_config('sft_qwen05b'), Path(sys.argv[1]))\n"
-        "import wandb; wandb.init().log({'loss': 1.0}); print('through')\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    environment |= {"HOME": str(tmp_path)} | ({} if key is None else {"WANDB_API_KEY": key})
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.stdout.endswith("through\n"), done.stderr
-    assert not list(tmp_path.glob("wandb/*"))
 
 
 # --- the end of the session -----------------------------------------------------------------------

@@ -37,11 +37,9 @@ class Hub:
     user: str = "alice"
     orgs: tuple[str, ...] = ("team",)
     role: str = "write"  # "read", "write" or "fineGrained"
-    takes_lfs: bool = True  # false: weights travel inside the commit, too
     faults: set[str] = field(default_factory=set)
     private: dict[str, bool] = field(default_factory=dict)  # repository -> whether it is private
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> bytes
-    large: dict[str, bytes] = field(default_factory=dict)  # sha256 -> bytes, uploaded as LFS
     requests: list[str] = field(default_factory=list)  # "GET /api/whoami-v2"
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -64,9 +62,6 @@ class Hub:
             return 503, "planted: down"
         if "portal" in faults:
             return 200, b"<html>Please log in</html>"
-        if path.startswith("/lfs/"):  # a storage's signed address: it wants no token
-            self.large[path.removeprefix("/lfs/")] = body
-            return 200, {}
         authorization = request.headers.get("Authorization")
         if authorization != f"Bearer {TOKEN}" or "bad token" in faults:
             return 401, "Invalid credentials in Authorization header"
@@ -81,8 +76,6 @@ class Hub:
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
             return self.create(body)
-        if path.endswith("/info/lfs/objects/batch"):
-            return 200, {"transfer": "basic", "objects": [self.ticket(o) for o in body["objects"]]}
         repo, what = self.split(path)
         if repo not in self.private:
             return 404, "Repository not found"
@@ -107,12 +100,14 @@ class Hub:
             "auth": {"type": "access_token", "accessToken": token},
         }
 
-    def may_write(self) -> bool:
-        return self.role != "read" and "no write" not in self.faults
+    def may_write(self, repo: str) -> bool:
+        own = repo.split("/")[0] in (self.user, *self.orgs)
+        return own and self.role != "read" and "no write" not in self.faults
 
     def create(self, body: dict[str, Any]) -> tuple[int, Any]:
         repo = f"{body['organization']}/{body['name']}"
-        if "no create" in self.faults or self.role == "read":
+        foreign = body["organization"] not in (self.user, *self.orgs)
+        if "no create" in self.faults or self.role == "read" or foreign:
             return 403, "You don't have the rights to create a model under this namespace"
         url = {"url": f"{self.endpoint}/{repo}"}
         if repo in self.private:
@@ -125,23 +120,17 @@ class Hub:
         return 200, found | {"tags": [], "siblings": []}
 
     def auth_check(self, repo: str, body: Any) -> tuple[int, Any]:
-        return (200, {}) if self.may_write() else (403, "You need write access to this repository")
+        return (
+            (200, {}) if self.may_write(repo) else (403, "You need write access to this repository")
+        )
 
     def preupload(self, repo: str, body: dict[str, Any]) -> tuple[int, Any]:
-        def mode(path: str) -> str:
-            return "lfs" if path.endswith(".safetensors") and self.takes_lfs else "regular"
-
-        paths = [file["path"] for file in body["files"]]
-        return 200, {
-            "files": [{"path": p, "uploadMode": mode(p), "shouldIgnore": False} for p in paths]
-        }
-
-    def ticket(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        upload = {"href": f"{self.endpoint}/lfs/{wanted['oid']}"}
-        return {"oid": wanted["oid"], "size": wanted["size"], "actions": {"upload": upload}}
+        """All files travel inside the commit; large-file protocols are the client's business."""
+        modes = {"uploadMode": "regular", "shouldIgnore": False}
+        return 200, {"files": [{"path": file["path"], **modes} for file in body["files"]]}
 
     def commit(self, repo: str, body: bytes) -> tuple[int, Any] | None:
-        if not self.may_write():
+        if not self.may_write(repo):
             return 403, "You need write access to this repository"
         if "no commit" in self.faults:
             return 500, "planted: no commit"
@@ -151,10 +140,6 @@ class Hub:
             value = line["value"]
             if line["key"] == "file":
                 self.files[repo][value["path"]] = base64.b64decode(value["content"])
-            if line["key"] == "lfsFile":
-                content = self.large[value["oid"]]
-                assert hashlib.sha256(content).hexdigest() == value["oid"]
-                self.files[repo][value["path"]] = content
         oid = hashlib.sha1(body).hexdigest()
         return 200, {"commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
 
