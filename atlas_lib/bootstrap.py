@@ -9,8 +9,9 @@ import sys
 import tempfile
 import time
 import tomllib
-import warnings
 from pathlib import Path
+
+from atlas_lib import compat
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this is one
 # A checkout has configs/ and notebooks/ beside the package; an installed wheel contains them.
@@ -75,26 +76,15 @@ def ensure() -> None:
     """Install what is missing on Kaggle and Colab; RuntimeError elsewhere, with what to do."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     hosted, wanted = platform_name() != "local", missing()
     if hosted:
-        remove_old_torchao()
+        compat.remove_old_torchao()
     blocked = [each for each in wanted if each.split(">=")[0] in UNTOUCHABLE]
     if wanted and (blocked or not hosted):
         raise RuntimeError(f"Missing or too old: {', '.join(blocked or wanted)}; run `make setup`.")
     if wanted:
         install(wanted)
     refuse_old_modules()
-
-
-def remove_old_torchao() -> None:
-    """Uninstall the torchao < 0.16 of hosted images: peft >= 0.19 raises if it finds one."""
-    version = installed("torchao")
-    if version and numbers(version) < (0, 16):
-        pip = [sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torchao"]
-        subprocess.run(pip, check=True)
-        print(f"Removed torchao {version}: peft needs 0.16 or none.")
 
 
 def install(wanted: list[str]) -> None:

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from atlas_lib.devices import Device
-
 CPU_LOSS_TILE = (256, 4096)  # positions x words whose logits are held at a time: 4 MiB
 # Logger -> the start of a message that is dropped.
 SILENCED_LOGS = {
@@ -100,7 +98,7 @@ def keep_cpu_gradients_right(model: "torch.nn.Module") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def keep_attention_lean(device: "Device") -> None:
+def keep_attention_lean(dtype: str) -> None:
     """Repeat the keys of grouped-query attention on a T4, instead of asking sdpa to share them.
 
     No fast kernel of sm_75 accepts enable_gqa, which transformers requests wherever a batch has no
@@ -109,11 +107,11 @@ def keep_attention_lean(device: "Device") -> None:
     """
     from transformers.integrations import sdpa_attention
 
-    if device.dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+    if dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
-def fit_loss_to_cpu(device: "Device") -> None:
+def fit_loss_to_cpu(device: str) -> None:
     """Let TRL's loss skip unsupervised positions on a CPU, and work in tiles that malloc keeps.
 
     Off a GPU, TRL 1.16 scores every position to keep shapes constant for compilers, then discards
@@ -123,6 +121,6 @@ def fit_loss_to_cpu(device: "Device") -> None:
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    if device.name == "cpu":
+    if device == "cpu":
         utils._use_triton = lambda device: True
         chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_LOSS_TILE

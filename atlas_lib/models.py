@@ -91,7 +91,7 @@ def load_weights(
         trust_remote_code=False,
     )
     compat.keep_cpu_gradients_right(weights)
-    compat.keep_attention_lean(device)
+    compat.keep_attention_lean(device.dtype)
     return weights
 
 

@@ -181,7 +181,7 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
     tokenizer = models.load_tokenizer(config)
     template.patch_chat_template_for_assistant_mask(tokenizer)
     base = models.load_weights("base", config, device, config.quantization.load_in_4bit)
-    choices = config.train.model_dump(exclude_unset=True)
+    choices = config.train.arguments()
     choices["activation_checkpointing"] = memory.must_checkpoint(base, config, device)
     choices |= {"output_dir": scratch, "seed": config.seed, "use_cpu": device.name == "cpu"}
     choices |= {"fp16": device.dtype == "float16", "bf16": device.dtype == "bfloat16"}
@@ -205,7 +205,7 @@ def choose_loss(row: Row, device: Any) -> None:
     from trl.trainer import utils
 
     if row.supervised_only:
-        compat.fit_loss_to_cpu(device)
+        compat.fit_loss_to_cpu(device.name)
     elif row.small_tiles and device.name == "cpu":
         chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = compat.CPU_LOSS_TILE
 

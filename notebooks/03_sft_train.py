@@ -37,7 +37,7 @@ OUT = ""
 SET = {}
 
 # %% [markdown]
-# The next cell finds the library, the one after it prints what this run is made of.
+# The next two cells find the library and show what identifies this run.
 
 # %% tags=["bootstrap"]
 import importlib.util
@@ -46,35 +46,31 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
+places = [Path.cwd(), *Path.cwd().parents]
+places += [folder.parent for folder in Path("/kaggle/input").rglob("atlas_lib")]
+sys.path += [str(place) for place in places if (place / "atlas_lib" / "bootstrap.py").is_file()]
 if importlib.util.find_spec("atlas_lib") is None:
-    places = [Path.cwd(), *Path.cwd().parents]
-    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if not homes and subprocess.run(pip).returncode:
+    if subprocess.run(pip).returncode:
         raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
-    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
 
-# %%
+# %% tags=["setup"]
 import math
 
-from IPython.display import Markdown, display
+from IPython.display import Markdown
 
-from atlas_lib import artifacts, audit, compat, data, devices, models, notebooks, session
-from atlas_lib.config import load_config
+from atlas_lib import artifacts, audit, compat, data, devices, models, notebooks, stages
 from atlas_lib.evaluate import decoding
 from atlas_lib.train import adapters, hub, model_card, tracking
 
-config = load_config(CONFIG, OVERLAY, SET)
-out = session.output_folder(OUT, CONFIG, OVERLAY)
-session.start(config, out)
+config, out = notebooks.start("03_sft_train", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
 print(f"{device.name}, {device.dtype}: {device.reason}")
-repo = hub.preflight(config)  # now, not after the training
-headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
+repo = hub.preflight(config)  # before the training, not after it
+headline = notebooks.headline()
 
 # %% [markdown]
 # ## Gate: only audited rows reach the trainer
@@ -86,12 +82,12 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 # predicts these rows, so that the number of steps below does not count them.
 
 # %%
-source = artifacts.require(data.STAGE, config, out, data.prepare)
-audited = audit.require_passed(config, out, source)
-verdicts = {row["idx"]: row["verdict"] for row in artifacts.read_jsonl(audited / audit.ROWS)}
+source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
+audited = audit.require_passed_audit(config, out, source)
+verdicts = audit.read_verdicts(audited)
 kept = [idx for idx, verdict in verdicts.items() if verdict != "excluded"]
-conversations = data.read(source)
-validation = data.read(source, "validation")
+conversations = data.read_subset(source)
+validation = data.read_subset(source, "validation")
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
 
 # %% [markdown]
@@ -163,7 +159,7 @@ print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_typ
 # %%
 from peft import LoraConfig
 
-recipe = {"seed": config.seed, **config.train.model_dump(exclude_unset=True)}
+recipe = {"seed": config.seed, **config.train.arguments()}
 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
 for name, value in recipe.items():
     print(f"{name}: {value}")
@@ -222,7 +218,7 @@ trainer = SFTTrainer(
 from transformers import PrinterCallback
 
 compat.keep_adapter_in_float32(trainer.model)
-compat.fit_loss_to_cpu(device)
+compat.fit_loss_to_cpu(device.name)
 trainer.remove_callback(PrinterCallback)  # replaced by ProgressLines
 trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
 assert trained_types == {"torch.float32"}, trained_types
@@ -258,8 +254,6 @@ last_loss = sum(entry["loss"] for entry in log[-3:]) / len(log[-3:])
 # %%
 import matplotlib.pyplot as plt
 
-from atlas_lib import figures
-
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", label="training")
 axes.axhline(validation_loss, color="#c44e52", linestyle="--", label="validation, at the end")
@@ -268,7 +262,7 @@ finding = f"Loss {first_loss:.2f} to {last_loss:.2f} in {result.global_step} ste
 axes.set_title(finding)
 axes.legend(frameon=False)
 ending = f"the dashed validation loss at the end is {validation_loss:.2f}"
-figures.show(figure, f"Curve of the training loss. {finding}; {ending}.", config.label)
+notebooks.show_figure(figure, f"Curve of the training loss. {finding}; {ending}.", config.label)
 
 # %% [markdown]
 # The dashed line is the loss on conversations that were not trained on. A validation loss far above
@@ -336,7 +330,7 @@ summary = {
 }
 
 # %%
-with artifacts.stage("03_sft_train", config, out, [source, audited]) as folder:
+with artifacts.stage(stages.SFT_TRAIN, config, out, [source, audited]) as folder:
     adapter = folder / "adapter"
     adapters.save_adapter(trainer.model, adapter, config, tokenizer, original_template)
     fresh = models.attach_adapter(models.load_weights("base", config, device, in_4bit), adapter)
@@ -369,7 +363,7 @@ headline.update(
 )
 
 # %% [markdown]
-# Kaggle gives back the files of a run but not its page; there, the next line keeps it beside them.
+# Kaggle returns the files of a run but not its notebook; there, the next cell stores it with them.
 
 # %% tags=["keep"]
 notebooks.keep("03_sft_train", out)

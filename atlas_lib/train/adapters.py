@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atlas_lib.devices import Device
 from atlas_lib.models import stop_ids
+from atlas_lib.schema import Config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def save_adapter(
     model: "PeftModel",
     folder: Path,
-    config: Any,
+    config: Config,
     tokenizer: "PreTrainedTokenizerBase",
     original_template: str,
 ) -> None:

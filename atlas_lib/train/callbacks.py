@@ -1,20 +1,18 @@
 """Callbacks of the trainer: progress lines, a check of the loss, and checkpoints by wall clock."""
 
 import contextlib
-import hashlib
-import json
 import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback
 
-from atlas_lib import artifacts, bootstrap, progress, session
+from atlas_lib import artifacts, bootstrap, progress, session, stages
 from atlas_lib.devices import Device
+from atlas_lib.schema import Config
 
 COMPLETE = "atlas.json"  # written last into a checkpoint, which is incomplete without it
 SCALER_STEPS = 3  # in which a float16 gradient scaler may still be searching for its scale
@@ -70,13 +68,12 @@ class Checkpoints(TrainerCallback):
     get_last_checkpoint takes incomplete checkpoints and those of another configuration.
     """
 
-    def __init__(self, config: Any, out: Path, device: Device, inputs: Sequence[Path]):
-        made_from = artifacts.relevant("03_sft_train", config) | {"precision": device.dtype}
-        made_from |= {path.name: artifacts.fingerprint(path) for path in inputs}
-        text = json.dumps(made_from, sort_keys=True)
-        self.made_from = json.loads(text)
+    def __init__(self, config: Config, out: Path, device: Device, inputs: Sequence[Path]):
+        self.made_from = artifacts.made_from(stages.SFT_TRAIN, config)
+        self.made_from |= {path.name: artifacts.result_digest(path) for path in inputs}
+        self.made_from |= {"precision": device.dtype}
         self.home = out / "checkpoints"
-        self.folder = self.home / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.folder = self.home / artifacts.digest(self.made_from)
         self.interval = config.run.checkpoint_minutes * 60
         self.deadline = session.session_deadline(config)
         self.reason: str | None = None  # why the training has to stop early
@@ -87,8 +84,8 @@ class Checkpoints(TrainerCallback):
         found: list[tuple[int, float, str | None]] = [(0, 0.0, None)]
         for home in (self.home, *artifacts.KAGGLE_INPUT.rglob("checkpoints")):
             for path in sorted(home.glob(f"*/checkpoint-*/{COMPLETE}")):
-                marker = json.loads(path.read_bytes())
-                if problem := difference(marker["made_from"], self.made_from):
+                marker = artifacts.read_json(path)
+                if problem := artifacts.difference(marker["made_from"], self.made_from):
                     print(f"{path.parent} is not resumed: {problem}.")
                 else:
                     found.append((marker["step"], marker["seconds"], str(path.parent)))
@@ -150,11 +147,3 @@ class Checkpoints(TrainerCallback):
     def remove(self) -> None:
         """Delete all checkpoints in OUT, once the finished stage has replaced them."""
         shutil.rmtree(self.home, ignore_errors=True)
-
-
-def difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The first key whose values differ, in words; None if the two are equal."""
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-    return None

@@ -2,9 +2,10 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atlas_lib import session
+from atlas_lib.schema import Config, Output
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -16,7 +17,7 @@ UNPUBLISHED = ("*.part", "*.bin", "*.pt", "*.pkl")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
-def preflight(config: Any) -> str | None:
+def preflight(config: Config) -> str | None:
     """The repository to push to, created if necessary; None, with the reason printed: no push.
 
     Never prompts. Raises ValueError if the token or the repository's name has to be corrected.
@@ -48,7 +49,7 @@ def preflight(config: Any) -> str | None:
     )
 
 
-def push_adapter(folder: Path, repo: str | None, config: Any) -> None:
+def push_adapter(folder: Path, repo: str | None, config: Config) -> None:
     """Upload `folder` to preflight's `repo`.
 
     A failure is printed with the command that repeats the push; it does not fail the run.
@@ -98,7 +99,7 @@ def _full_name(name: str, user: str) -> str:
     return repo
 
 
-def _claim(api: "HfApi", output: Any) -> str:
+def _claim(api: "HfApi", output: Output) -> str:
     """The repository's name, after creating it if necessary and checking write access."""
     me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":

@@ -1,9 +1,10 @@
 """Whether activations have to be recomputed: measured on a short row, compared with free memory."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atlas_lib import devices
 from atlas_lib.devices import HEADROOM, Device
+from atlas_lib.schema import Config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ GIB = 2**30
 PROBE_TOKENS = 256
 
 
-def must_checkpoint(base: "PreTrainedModel", config: Any, device: Device) -> bool:
+def must_checkpoint(base: "PreTrainedModel", config: Config, device: Device) -> bool:
     """train.activation_checkpointing; if null, whether activations do not fit without it.
 
     Prints the reason. `base` is loaded already, so that its weights are not counted as free memory.
@@ -35,7 +36,7 @@ def must_checkpoint(base: "PreTrainedModel", config: Any, device: Device) -> boo
     return answer
 
 
-def activation_bytes(base: "PreTrainedModel", config: Any, device: Device, tokens: int) -> int:
+def activation_bytes(base: "PreTrainedModel", config: Config, device: Device, tokens: int) -> int:
     """Bytes that a forward pass over `tokens` keeps for the backward pass, without checkpointing.
 
     Measured on a row of PROBE_TOKENS with a temporary adapter and without the loss; proportional to

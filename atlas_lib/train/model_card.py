@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import session, sources
-from atlas_lib.standin import tiny_model
+from atlas_lib import artifacts, session, sources, stages
+from atlas_lib.schema import Config
 
 CARD_TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 
 
 def write_card(
-    folder: Path, config: Any, summary: dict[str, Any], audit: dict[str, Any], repo: str | None
+    folder: Path, config: Config, summary: dict[str, Any], audit: dict[str, Any], repo: str | None
 ) -> None:
     """Write README.md into `folder`, from the summaries of notebooks 03 and 02."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    decided_by = config.relevant("03_sft_train")
+    decided_by = artifacts.made_from(stages.SFT_TRAIN, config)
     sections = ("seed", "quantization.", "lora.", "train.")  # the data has its own paragraph
     sources_on_hub = {"base_model": config.model.base, "datasets": config.data.dataset}
     data = ModelCardData(
@@ -25,7 +25,7 @@ def write_card(
         language="en",
         tags=["lora", "qlora", "sft", "trl", "transformers"],
         # The hub rejects a card with the name of a local folder.
-        **{key: name for key, name in sources_on_hub.items() if _on_hub(name)},
+        **{key: name for key, name in sources_on_hub.items() if sources.on_hub(name)},
     )
     card = ModelCard.from_template(
         data,
@@ -35,11 +35,7 @@ def write_card(
         recipe={key: value for key, value in decided_by.items() if key.startswith(sections)},
         summary=summary,
         audit=audit,
-        digest=config.digest("03_sft_train"),
+        digest=artifacts.digest(decided_by),
         provenance=session.provenance(),
     )
     card.save(folder / "README.md")
-
-
-def _on_hub(name: str) -> bool:
-    return not name.startswith(tiny_model.PREFIX) and not Path(sources.locate(name)).exists()

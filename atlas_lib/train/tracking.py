@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from atlas_lib import session
+from atlas_lib import artifacts, session
+from atlas_lib.schema import Config
 
 KEY_CHECK_SECONDS = 60
 # Run in a process of its own: wandb reads the environment once, and its background service can
@@ -21,7 +21,7 @@ os._exit(0)
 """
 
 
-def report_to(config: Any, out: Path) -> str | list[str]:
+def report_to(config: Config, out: Path) -> str | list[str]:
     """SFTConfig's `report_to`, with the environment that wandb reads.
 
     Without a key W&B would prompt, and with a wrong one it would fail after the model has been
@@ -34,7 +34,7 @@ def report_to(config: Any, out: Path) -> str | list[str]:
     if asked == "wandb" and key and _accepted(key):
         os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
         os.environ.setdefault("WANDB_DIR", str(out))
-        os.environ.setdefault("WANDB_NAME", f"{out.name} {config.digest()}")
+        os.environ.setdefault("WANDB_NAME", f"{out.name} {artifacts.config_digest(config)}")
         print("W&B: on (a key was found).")
         return "wandb"
     os.environ["WANDB_MODE"] = "disabled"

@@ -163,7 +163,7 @@ def test_versions_are_compared_as_numbers(version, old, machine):
 def test_an_installed_wheel_knows_its_floors_without_a_checkout(machine, tmp_path):
     package = tmp_path / "wheel" / "atlas_lib"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "bootstrap.py"):
+    for name in ("__init__.py", "bootstrap.py", "compat.py"):
         shutil.copy(ROOT / "atlas_lib" / name, package / name)
     lines = "Requires-Dist: trl>=1.16\nRequires-Dist: lm-eval[ifeval]>=0.4.13\n"
     install(machine, "atlas_sft", "0.1.0", f'{lines}Requires-Dist: ruff>=1; extra == "dev"\n')

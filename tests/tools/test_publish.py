@@ -272,7 +272,12 @@ def test_a_changed_configuration_is_refused(checkout, run, tmp_path):
         path.read_text("utf-8").replace("learning_rate: 5.0e-3", "learning_rate: 4.0e-3")
     )
     git(other, "commit", "-qam", "change")
-    refused(other, run, tmp_path / "results", "does not fit this run: train.learning_rate is 0.005 there and 0.004 here")
+    refused(
+        other,
+        run,
+        tmp_path / "results",
+        "does not fit this run: train.learning_rate is 0.005 there and 0.004 here",
+    )
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

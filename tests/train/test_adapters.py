@@ -10,9 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import TINY
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from atlas_lib import devices, models, template
+from atlas_lib import devices, models, sources, template
 from atlas_lib.config import load_config
-from atlas_lib.standin import tiny_model
 from atlas_lib.train import adapters, model_card
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -100,7 +99,7 @@ def python_block(text: str) -> str:
 def test_the_cards_code_runs_and_stops_at_both_tokens(saved, tiny_config):
     folder = saved[1]
     settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    base = tiny_model.resolve(tiny_config.model.base, tiny_config)
+    base, _ = sources.fetch(tiny_config.model.base, None, tiny_config)
     settings |= {"base_model_name_or_path": base, "revision": None}  # only Atlas reads `embedded:`
     (folder / "adapter_config.json").write_text(json.dumps(settings), "utf-8")
     names = {}
@@ -115,7 +114,7 @@ def test_the_readme_shows_how_to_continue_training(saved, tiny_config):
     code = python_block(README.read_text("utf-8"))
     assert sum(bool(line) for line in code.splitlines()) == 5
     code = code.replace("runs/sft_qwen05b/03_sft_train/adapter", str(folder))
-    base = tiny_model.resolve(tiny_config.model.base, tiny_config)
+    base, _ = sources.fetch(tiny_config.model.base, None, tiny_config)
     code, names = code.replace(load_config("sft_qwen05b").model.base, base), {}
     exec(code, names)
     ids = names["tokenizer"]("Once more.", return_tensors="pt")["input_ids"]
