@@ -103,7 +103,7 @@ def test_an_older_transformers_gets_its_own_name_for_checkpointing(monkeypatch):
     """Kaggle's image has such a version."""
     given = {"activation_checkpointing": True, "seed": 1}
     assert compat.trainer_arguments(given) == given
-    monkeypatch.setattr(transformers, "TrainingArguments", object)
+    monkeypatch.setattr(sys.modules["transformers"], "TrainingArguments", object)
     assert compat.trainer_arguments(given) == {"gradient_checkpointing": True, "seed": 1}
 
 

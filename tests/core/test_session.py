@@ -380,7 +380,7 @@ def test_the_stamp_identifies_the_run_and_shows_no_secret(monkeypatch, tmp_path,
 def test_each_stage_shows_the_digest_of_its_own(tmp_path, capsys):
     for stage in stages.STAGES:
         notebooks.start(stage, "sft_qwen05b", "offline", str(tmp_path), {})
-    lines = [line for line in capsys.readouterr().out.splitlines() if "configuration" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("digest ")]
     assert len({line.split()[1] for line in lines}) == 4
 
 
