@@ -94,8 +94,6 @@ class Eval(Section):
     formats: list[Literal["raw", "chat"]] = Field(min_length=1)
     max_new_tokens: PositiveInt
     load_in_4bit: bool
-    nf4_row: bool
-    engine: Literal["slots", "vllm"]
     alpha: float = Field(gt=0, lt=1)
     clear_margin: float = Field(ge=0, lt=1)
     guardrails: bool
