@@ -35,15 +35,13 @@ def generate(
     """One {response, n_tokens, stop} per prompt; `stop` is the stop token, None at the length cap.
 
     `slots`: rows decoded together; None: as many as memory allows. `on_response(index, response)`
-    is called as soon as a row finishes. Raises ValueError for an empty prompt, for attention that
-    the slots do not support, and where memory does not hold a single row.
+    is called as soon as a row finishes. Raises ValueError for attention that the slots do not
+    support, and where memory does not hold a single row. Prompts must not be empty.
     """
     import torch
 
     stop_ids = models.stop_ids(tokenizer)
     encoded = [encode(tokenizer, prompt, prompt_format) for prompt in prompts]
-    if [] in encoded:
-        raise ValueError(f"Prompt {encoded.index([])} is empty: there is nothing to continue.")
     # As a decorator, inference_mode holds inside the generator only, not where its rows are used.
     finished = torch.inference_mode()(decode)(
         model.eval(), encoded, stop_ids, max_new_tokens, slots

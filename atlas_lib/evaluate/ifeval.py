@@ -13,8 +13,6 @@ from atlas_lib import artifacts
 from atlas_lib.evaluate import decoding, ifeval_files, significance, tables
 from atlas_lib.evaluate.checkers import MODES, ensure_punkt, followed
 
-ACCURACIES = [f"{level}_level_{mode}_acc" for mode in MODES for level in ("prompt", "inst")]
-
 
 def score(prompts: list[dict], responses: list[str]) -> list[dict]:
     """Verdicts {key, instruction_id_list, strict, loose, prompt_strict, prompt_loose}, in order."""
@@ -92,7 +90,10 @@ def _score_command(args: argparse.Namespace) -> None:
 
 def _compare_command(args: argparse.Namespace) -> None:
     a, b = ifeval_files.load_verdicts(args.a), ifeval_files.load_verdicts(args.b)
-    found = {"a": args.a.name, "b": args.b.name, "n": len(a), **significance.paired(a, b)}
+    try:
+        found = {"a": args.a.name, "b": args.b.name, "n": len(a), **significance.paired(a, b)}
+    except ValueError as error:
+        raise ValueError(f"{args.a} and {args.b}: {error}") from error
     limits = {"alpha": args.alpha, "clear_share": args.clear_share}
     found |= limits | {"sensitivity": significance.sensitivity(found, len(a), args.alpha)}
     found["verdict"] = significance.verdict(found["net"], len(a), found["mcnemar_p"], **limits)

@@ -96,6 +96,8 @@ def _unusable(row: Any, fields: dict[str, Any]) -> str | None:
 
 def _unscorable(row: dict) -> str | None:
     """Why the checkers could not score a response to a prompt, found before generating any."""
+    if not row["prompt"]:
+        return "has an empty 'prompt': there is nothing to continue"
     ids, kwargs = row["instruction_id_list"], row["kwargs"]
     known = checkers.lm_eval_checkers().instructions_registry.INSTRUCTION_DICT
     for unknown in (instruction for instruction in ids if str(instruction) not in known):

@@ -93,11 +93,11 @@ def paired(verdicts_a: list[dict], verdicts_b: list[dict]) -> dict:
 
 
 def _require_same_prompts(*sides: list[dict]) -> None:
-    a, b = ([(v["key"], v["instruction_id_list"]) for v in side] for side in sides)
+    a, b = ([f"key {v['key']} {v['instruction_id_list']}" for v in side] for side in sides)
     if a and a == b:
         return
     pairs = enumerate(zip(a, b, strict=False), start=1)
-    different = [f"row {row} is key {x} and key {y}" for row, (x, y) in pairs if x != y]
+    different = [f"row {row} is {x} and {y}" for row, (x, y) in pairs if x != y]
     where = different[0] if different else f"{len(a)} and {len(b)} rows"
     raise ValueError(
         f"the verdicts are not of the same prompts in the same order ({where}): score both again"

@@ -8,7 +8,7 @@ import torch
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import decoding, ifeval
+from atlas_lib.evaluate import decoding, ifeval_files
 from atlas_lib.standin import tiny_model
 
 CAP = 64
@@ -32,7 +32,7 @@ def loaded(config):
 @pytest.fixture(scope="module")
 def prompts(config):
     """48 of embedded:ifeval, a third of them long."""
-    rows = ifeval.load_prompts(tiny_model.resolve("embedded:ifeval", config), None, 48)
+    rows = ifeval_files.load_prompts(tiny_model.resolve("embedded:ifeval", config), None, 48)
     texts = [row["prompt"] for row in rows]
     return [" ".join(texts[i : i + 9]) if i % 3 == 0 else texts[i] for i in range(48)]
 
@@ -125,7 +125,7 @@ def test_a_model_in_4_bit_answers_alike(config, loaded, prompts, adapter):
 
 
 def test_the_cache_grows_and_moves_without_a_trace(loaded, prompts, reference, monkeypatch):
-    monkeypatch.setattr(decoding, "COLUMNS", 5)
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", 5)
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 200)
     assert decoding.generate(*loaded, prompts, "raw", CAP, 7) == reference("raw")
 
@@ -250,13 +250,13 @@ def test_slots_are_what_memory_holds(loaded, monkeypatch):
 
 def test_the_cache_takes_what_was_reckoned(loaded):
     base = loaded[0]
-    cache = decoding.SlotCache(3)
+    cache = decoding.SlotCache(3, 1000 + decoding.SPARE_COLUMNS)
     decoding._next_tokens(base, cache, 0, [[5] * 1000])
     taken = sum(t.nbytes for layer in cache.layers.values() for t in layer)
     shape = base.config
     width = shape.hidden_size // shape.num_attention_heads
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width * 4
-    assert taken == 3 * (1000 + decoding.COLUMNS) * per_token
+    assert taken == 3 * (1000 + decoding.SPARE_COLUMNS) * per_token
 
 
 def test_a_missing_vllm_is_said(loaded):
@@ -289,7 +289,7 @@ def test_diagnostics_count_only_the_end_of_turn_as_a_stop():
     found = decoding.diagnose(answers)
     assert found == {
         "at_cap": 0.25,
-        "stop_rate": 0.5,
+        "eos_rate": 0.5,
         "empty": 0.25,
         "mean_length": 2.0,
         "distinct": 2,
