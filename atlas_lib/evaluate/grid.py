@@ -60,7 +60,7 @@ def response_origin(
 def _content(name: str | Path, revision: str | None, config: Any) -> list:
     """What a configured name stands for: a digest of its content, or a hub id and revision."""
     if str(name).startswith(tiny_model.PREFIX):
-        return [name, tiny_model.digest(config)]
+        return [name, revision, tiny_model.digest(config)]
     weights = Path(sources.locate(str(name))) / "adapter_model.safetensors"
     return [artifacts.sha256(weights)] if weights.is_file() else [str(name), revision]
 
