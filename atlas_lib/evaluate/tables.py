@@ -36,7 +36,8 @@ def comparison_table(compared: list[dict]) -> pd.DataFrame:
 def type_table(by_type: dict[str, dict[str, int]]) -> pd.DataFrame:
     """Instructions won, lost, passed by both and by neither, a row per type, best net first."""
     frame = pd.DataFrame(by_type).T.rename(columns=SIDES)
-    return frame.assign(net=frame["won"] - frame["lost"]).sort_values("net", ascending=False)
+    frame = frame[["won", "lost", "both", "neither"]].assign(net=frame["won"] - frame["lost"])
+    return frame.sort_values("net", ascending=False)
 
 
 def beside_ours(known: list[dict], metrics: list[dict]) -> list[dict]:

@@ -288,7 +288,7 @@ def test_compare_command_reports_the_paired_test(tmp_path, capsys):
                  "effect with 80 % power: 605", "needed among as many discordant prompts: 16",
                  "B against A: clear margin (net +20, exact McNemar p = 0.00907"]:  # fmt: skip
         assert line in shown, shown
-    assert re.search(r"startend:quotation +0 +17 +37 +487 +20", shown)
+    assert re.search(r"startend:quotation +37 +17 +0 +487 +20", shown)
     command(capsys, "compare", a, b, "--json", report, "--alpha", "0.001")
     assert json.loads(report.read_text())["verdict"] == "not distinguishable"
     command(capsys, "compare", a, b, "--json", report, "--clear-share", "0.1")
