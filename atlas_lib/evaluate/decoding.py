@@ -15,7 +15,7 @@ PREFILL_TOKENS = 4096  # bounds the activation memory of prompts that are prefil
 MAX_SLOTS = {"cpu": 48, "cuda": 128}  # beyond it a step takes longer in proportion to its rows
 
 
-def encode(tokenizer: Any, prompt: str, prompt_format: str) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: str, prompt_format: str) -> list[int]:
     """Prompt ids: "raw" is the bare text, "chat" a user turn and the assistant's header."""
     if prompt_format == "raw":
         return tokenizer(prompt)["input_ids"]
@@ -41,7 +41,7 @@ def generate(
     import torch
 
     stop_ids = models.stop_ids(tokenizer)
-    encoded = [encode(tokenizer, prompt, prompt_format) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt, prompt_format) for prompt in prompts]
     # As a decorator, inference_mode holds inside the generator only, not where its rows are used.
     finished = torch.inference_mode()(decode)(
         model.eval(), encoded, stop_ids, max_new_tokens, slots
@@ -97,7 +97,7 @@ def decode(
 
 
 def _check_attention(shape: Any) -> None:
-    """Raises ValueError for attention that would misread our mask, a boolean one without windows"""
+    """Raises ValueError for attention other than full sdpa, which would misread our mask."""
     kinds = {shape._attn_implementation, *(getattr(shape, "layer_types", None) or [])}
     if other := kinds - {"sdpa", "full_attention"}:
         raise ValueError(

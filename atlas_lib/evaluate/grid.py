@@ -16,33 +16,30 @@ from atlas_lib.devices import Device
 from atlas_lib.evaluate import decoding, ifeval_files, responses
 from atlas_lib.standin import tiny_model
 
+ROLES = {"base": "base", "SFT": "base", "Instruct": "instruct"}  # the key of model: with weights
 STORE = "responses"  # the folder of OUT in which responses are kept as they finish
 
 
 def model_names(config: Any) -> list[str]:
     """The models to evaluate, in order."""
-    return ["base", "SFT"] + (["Instruct"] if config.model.instruct else [])
+    return [name for name, role in ROLES.items() if getattr(config.model, role)]
 
 
 def load_model(name: str, config: Any, device: Device, adapter: str | Path) -> Any:
     """A model of the grid, all in one precision; the adapter is merged unless in 4 bits."""
     in_4bit = config.eval.load_in_4bit
-    weights = models.load_weights(_role(name), config, device, in_4bit)
+    weights = models.load_weights(ROLES[name], config, device, in_4bit)
     if name != "SFT":
         return weights
     revision = config.model.adapter_revision
     return models.attach_adapter(weights, adapter, revision, merge=not in_4bit)
 
 
-def _role(name: str) -> str:
-    return "instruct" if name == "Instruct" else "base"
-
-
 def response_origin(
     name: str, prompt_format: str, config: Any, device: Device, adapter: str | Path, tokenizer: Any
 ) -> dict[str, Any]:
     """Everything that decides a model's responses; another value starts another file."""
-    role, model = _role(name), config.model
+    role, model = ROLES[name], config.model
     weights = _content(getattr(model, role), getattr(model, f"{role}_revision"), config)
     adapted = _content(adapter, model.adapter_revision, config) if name == "SFT" else None
     return {
@@ -100,7 +97,7 @@ def generate_for(
         decoding.generate(loaded(), tokenizer, texts, prompt_format, *limits, on_response)
 
     return {
-        (name, prompt_format): responses.collect(
+        (name, prompt_format): responses.collect_responses(
             out / STORE,
             f"{name}-{prompt_format}",
             response_origin(name, prompt_format, config, device, adapter, tokenizer),

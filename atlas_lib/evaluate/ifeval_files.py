@@ -134,7 +134,7 @@ def _response_problems(rows: list, prompts: list[dict]) -> Iterator[str]:
     for line, (row, prompt) in enumerate(zip(rows, prompts, strict=False), start=1):
         if problem := _unusable(row, RESPONSE):
             yield f"line {line} {problem}"
-        place = f"line {line} does not answer key {prompt['key']}, the prompt at this place: "
+        place = f"line {line} does not match key {prompt['key']}, the prompt at this place: "
         if keyed and str(row.get("key")) != str(prompt["key"]):
             yield f"{place}its key is {row.get('key')!r}"
         if row["prompt"] != prompt["prompt"] and row["prompt"] in texts:

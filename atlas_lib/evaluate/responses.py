@@ -17,7 +17,7 @@ import filelock
 RESPONSE_KEYS = ("response", "n_tokens", "stop")
 
 
-def collect(
+def collect_responses(
     folder: Path,
     name: str,
     made_from: dict[str, Any],
@@ -34,11 +34,11 @@ def collect(
     """
     made_from = made_from | {"prompts_sha256": _sha256([p["prompt"] for p in prompts])}
     path = folder / f"{name}-{_sha256(made_from)[:12]}.jsonl"
-    found = _stored(path, made_from, prompts)
+    found = _read_responses(path, made_from, prompts)
     if len(found) < len(prompts):
         with _locked(path):
             _generate(path, made_from, prompts, generate_missing)
-        found = _stored(path, made_from, prompts)
+        found = _read_responses(path, made_from, prompts)
     if lacking := len(prompts) - len(found):
         raise ValueError(f"{path}: {lacking} prompts have no response; run it again.")
     return [found[i] for i in range(len(prompts))]
@@ -63,7 +63,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _generate(path: Path, made_from: dict, prompts: list[dict], generate_missing: Callable) -> None:
     """Append the missing responses to the file, each as soon as it is finished."""
-    found = _stored(path, made_from, prompts)
+    found = _read_responses(path, made_from, prompts)
     missing = [i for i in range(len(prompts)) if i not in found]
     print(f"{path.name}: {len(found)} responses are stored, {len(missing)} to generate")
     with path.open("ab") as file:
@@ -85,7 +85,7 @@ def _generate(path: Path, made_from: dict, prompts: list[dict], generate_missing
             generate_missing([prompts[i] for i in missing], on_response)
 
 
-def _stored(path: Path, made_from: dict, prompts: list[dict]) -> dict[int, dict]:
+def _read_responses(path: Path, made_from: dict, prompts: list[dict]) -> dict[int, dict]:
     """{index: response} of the file's whole lines. Raises ValueError naming file and line."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     found: dict[int, dict] = {}

@@ -72,7 +72,7 @@ def plainly(model, tokenizer, prompt, form, cap=CAP) -> dict:
     from transformers import GenerationConfig
 
     stop_ids = models.stop_ids(tokenizer)
-    ids = torch.tensor([decoding.encode(tokenizer, prompt, form)])
+    ids = torch.tensor([decoding.encode_prompt(tokenizer, prompt, form)])
     options = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[1])
     found = model.generate(
         input_ids=ids,
@@ -95,7 +95,7 @@ def test_the_rows_it_is_compared_on_are_of_every_kind(loaded, prompts, reference
     assert stops >= {None, "<|endoftext|>"}
     assert len({response["n_tokens"] for response in responses}) > 10
     assert len({response["response"] for response in responses}) > 30
-    lengths = [len(decoding.encode(tokenizer, text, "raw")) for text in prompts]
+    lengths = [len(decoding.encode_prompt(tokenizer, text, "raw")) for text in prompts]
     assert max(lengths) > 8 * min(lengths)
 
 
@@ -161,7 +161,7 @@ def test_rows_end_at_the_first_tokens(loaded, prompts, cap):
 def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
     """Made sure of: the likeliest first token of some rows is declared a stop."""
     base, tokenizer = loaded
-    encoded = [decoding.encode(tokenizer, text, "raw") for text in prompts]
+    encoded = [decoding.encode_prompt(tokenizer, text, "raw") for text in prompts]
     plain = dict(torch.inference_mode()(decoding.decode)(base, encoded, [], 6, 5))
     stop = [plain[0][0]]
     cut = dict(torch.inference_mode()(decoding.decode)(base, encoded, stop, 6, 5))
@@ -259,9 +259,9 @@ def test_the_response_is_cut_at_the_first_stop(loaded):
 
 def test_chat_prompts_end_with_the_assistants_header(loaded):
     _, tokenizer = loaded
-    text = tokenizer.decode(decoding.encode(tokenizer, "Hi", "chat"))
+    text = tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "chat"))
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(decoding.encode(tokenizer, "Hi", "raw")) == "Hi"
+    assert tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "raw")) == "Hi"
 
 
 def test_diagnostics_count_only_the_end_of_turn_as_a_stop():

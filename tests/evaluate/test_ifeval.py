@@ -46,7 +46,8 @@ def test_metrics_of_the_grid_and_of_a_subset():
 def test_load_prompts_drops_none_kwargs_and_stops_at_the_limit(tmp_path):
     none_filled = {"num_words": 4, "relation": "at least", "keywords": None}
     rows = [prompt(1, ["length_constraints:number_words"], [none_filled]), prompt(2), prompt(3)]
-    loaded = ifeval_files.load_prompts(write(tmp_path, *rows), None, limit=2)
+    path = write(tmp_path, *rows, name="needs no suffix")
+    loaded = ifeval_files.load_prompts(path, None, limit=2)
     assert [row["key"] for row in loaded] == [1, 2]
     assert loaded[0]["kwargs"] == [{"num_words": 4, "relation": "at least"}]
     assert set(loaded[0]) == {"key", "prompt", "instruction_id_list", "kwargs"}
@@ -61,11 +62,6 @@ def test_load_prompts_from_a_folder_with_a_dataset_card(tmp_path):
     rows = [prompt(1), prompt(2, ["startend:end_checker"], [{"end_phrase": "Bye."}])]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")  # fills kwargs with None
     assert ifeval_files.load_prompts(str(tmp_path), None) == rows
-
-
-def test_prompts_need_no_jsonl_suffix(tmp_path):
-    path = write(tmp_path, prompt(), name="p.txt")
-    assert ifeval_files.load_prompts(path, None) == [prompt()]
 
 
 # --- the commands
@@ -146,7 +142,7 @@ def test_a_prompt_that_is_asked_twice_has_two_responses(tmp_path, capsys):
     given = [{"prompt": row["prompt"], "response": "Tea."} for row in asked]
     assert score_files(capsys, tmp_path, given, asked)[0] == 0
     code, _, error = score_files(capsys, tmp_path, [given[0], *given], asked)
-    assert code == 1 and "line 3 does not answer key 3" in error
+    assert code == 1 and "line 3 does not match key 3" in error
 
 
 WORDS = ["length_constraints:number_words"]
@@ -198,18 +194,18 @@ ELSE = [{"prompt": f"Name cup {n}.", "response": "Cup."} for n in range(5)]
 BAD_RESPONSES = {
     "empty": ([], "line 1 is missing or one too many: 0 rows, 5 prompts"),
     "last missing": (GIVEN[:4], "line 5 is missing or one too many: 4 rows, 5 prompts"),
-    "one missing": (GIVEN[:2] + GIVEN[3:], "line 3 does not answer key 3, .* of another prompt"),
-    "keyed missing": (KEYED[1:], "line 1 does not answer key 1, .*: its key is 2"),
+    "one missing": (GIVEN[:2] + GIVEN[3:], "line 3 does not match key 3, .* of another prompt"),
+    "keyed missing": (KEYED[1:], "line 1 does not match key 1, .*: its key is 2"),
     "too many": ([*GIVEN, ELSE[0]], "line 6 is missing or one too many: 6 rows, 5 prompts"),
-    "same row twice": ([*GIVEN[:2], *GIVEN[1:]], "line 3 does not answer key 3"),
-    "repeated instead": ([*GIVEN[:4], GIVEN[0]], "line 5 does not answer key 5"),
-    "same key twice": (with_row(4, key=2), "line 4 does not answer key 4, .*: its key is 2"),
-    "key as text twice": (with_row(4, key="2"), "line 4 does not answer key 4, .*key is '2'"),
-    "unknown key": (with_row(2, key=77), "line 2 does not answer key 2, .*: its key is 77"),
-    "null key": (with_row(2, key=None), "line 2 does not answer key 2, .*: its key is None"),
-    "missing key": ([*KEYED[:2], GIVEN[2], *KEYED[3:]], "line 3 does not answer key 3.*is None"),
-    "swapped": ([GIVEN[1], GIVEN[0], *GIVEN[2:]], "line 1 does not answer key 1"),
-    "swapped keys": ([KEYED[1], KEYED[0], *KEYED[2:]], "line 1 does not answer key 1"),
+    "same row twice": ([*GIVEN[:2], *GIVEN[1:]], "line 3 does not match key 3"),
+    "repeated instead": ([*GIVEN[:4], GIVEN[0]], "line 5 does not match key 5"),
+    "same key twice": (with_row(4, key=2), "line 4 does not match key 4, .*: its key is 2"),
+    "key as text twice": (with_row(4, key="2"), "line 4 does not match key 4, .*key is '2'"),
+    "unknown key": (with_row(2, key=77), "line 2 does not match key 2, .*: its key is 77"),
+    "null key": (with_row(2, key=None), "line 2 does not match key 2, .*: its key is None"),
+    "missing key": ([*KEYED[:2], GIVEN[2], *KEYED[3:]], "line 3 does not match key 3.*is None"),
+    "swapped": ([GIVEN[1], GIVEN[0], *GIVEN[2:]], "line 1 does not match key 1"),
+    "swapped keys": ([KEYED[1], KEYED[0], *KEYED[2:]], "line 1 does not match key 1"),
     "another text's": (
         with_row(2, prompt="Name tea 6."),
         r"line 2 \(key 2\) is the first of 1 of 5",

@@ -28,7 +28,7 @@ folder, log, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv
 config = load_config("sft_qwen05b", "offline", options["set"])
 log = log.open("ab", buffering=0)
 
-def ask(rows, on_response):
+def generate_missing(rows, on_response):
     base = models.load_weights("base", config, devices.Device("cpu", "float32", "test"), False)
     def note(position, response):
         on_response(position, response)
@@ -37,7 +37,9 @@ def ask(rows, on_response):
     tokenizer = models.load_tokenizer(config)
     decoding.generate(base, tokenizer, texts, "chat", options["cap"], 8, note)
 
-responses.collect(folder, "base-chat", options["made_from"], options["prompts"], ask)
+responses.collect_responses(
+    folder, "base-chat", options["made_from"], options["prompts"], generate_missing
+)
 """
 
 
@@ -56,7 +58,7 @@ def refuse(rows, on_response):
 
 
 def collect(folder, generate_missing=shouting, made_from=MADE_FROM, prompts=PROMPTS):
-    return responses.collect(folder, "base-chat", made_from, prompts, generate_missing)
+    return responses.collect_responses(folder, "base-chat", made_from, prompts, generate_missing)
 
 
 def written(folder: Path) -> Path:
@@ -64,7 +66,7 @@ def written(folder: Path) -> Path:
     return path
 
 
-def test_answers_come_in_the_prompts_order_and_say_what_they_are_made_from(tmp_path):
+def test_responses_come_in_the_prompts_order_with_their_origin_first(tmp_path):
     expected = [response(p["prompt"].upper()) for p in PROMPTS]
     assert collect(tmp_path) == expected
     first, *rows = map(json.loads, written(tmp_path).read_bytes().splitlines())
@@ -187,7 +189,7 @@ def asked(tiny_config):
     return prompts, decoding.generate(base, tokenizer, texts, "chat", 160, 8)
 
 
-def test_killed_again_and_again_it_gives_the_answers_of_one_run(tmp_path, asked):
+def test_killed_again_and_again_it_gives_the_responses_of_one_run(tmp_path, asked):
     from tiny import TINY
 
     prompts, expected = asked
@@ -205,7 +207,7 @@ def test_killed_again_and_again_it_gives_the_answers_of_one_run(tmp_path, asked)
         killed += child.wait() == -signal.SIGKILL
     assert killed >= 2
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert responses.collect(tmp_path, "base-chat", MADE_FROM, prompts, refuse) == expected
+    assert collect(tmp_path, refuse, prompts=prompts) == expected
     handed_over = [int(key) for key in log.read_text().split()]
     # Noted after it was kept: a kill in between leaves a response kept but not noted, never the
     # other way round, and nothing is handed over by two processes.

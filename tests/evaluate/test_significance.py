@@ -30,7 +30,7 @@ def clustered(n=541, seed=3):
 
 
 def improved(verdicts, share=0.2, seed=4):
-    """The same prompts answered anew: `share` of the instructions fall the other way, most up."""
+    """New verdicts on the same prompts: `share` of the instructions fall the other way, most up."""
     draw = np.random.default_rng(seed)
     flip = {True: share / 2, False: share}
     return [verdict(v["key"], *(ok ^ bool(draw.random() < flip[ok]) for ok in v["strict"]))
@@ -76,13 +76,6 @@ def test_instruction_interval_resamples_the_number_of_instructions_too():
     """Half of each prompt's instructions, whatever their number: the ratio cannot vary."""
     verdicts = [verdict(key, *[True, False] * (1 + key % 3)) for key in range(60)]
     assert interval(verdicts) == [0.5, 0.5]
-
-
-def test_instruction_interval_of_single_instructions_is_the_binomial_one():
-    verdicts = [verdict(key, key < 200) for key in range(541)]
-    half = 1.96 * math.sqrt(200 / 541 * 341 / 541 / 541)
-    found = interval(verdicts)
-    assert found == pytest.approx([200 / 541 - half, 200 / 541 + half], abs=0.002)
 
 
 @pytest.mark.parametrize("ok", [True, False])
@@ -174,7 +167,6 @@ def test_no_discordant_pair_finds_nothing(outcomes):
     assert (found["mcnemar_p"], found["net"]) == (1.0, 0)
     assert found["difference_ci95"] == found["inst_difference_ci95"] == [0.0, 0.0]
     n = sum(outcomes)
-    assert significance.verdict(0, n, 1.0, 0.05, 0.04) == "not distinguishable"
     assert significance.sensitivity(found, n, 0.05) == {
         "net_needed": None, "prompts_needed": None, "power": 0.8,
     }  # fmt: skip
@@ -216,25 +208,19 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("only_a", "only_b", "n", "words"),
+    ("net", "n", "p", "share", "words"),
     [
-        (30, 50, 541, "clear margin"),  # p = 0.033, exactly 20 of 541
-        (30, 50, 542, "better, but small"),
-        (5, 16, 541, "better, but small"),
-        (50, 30, 541, "worse"),
-        (40, 60, 541, "not distinguishable"),  # p = 0.057 with a net win of 20
-        (10, 10, 541, "not distinguishable"),
+        (20, 541, 0.033, 20 / 541, "clear margin"),
+        (20, 542, 0.033, 20 / 541, "better, but small"),
+        (7, 100, 0.01, 0.07, "clear margin"),  # although 0.07 * 100 > 7
+        (-20, 541, 0.033, 20 / 541, "worse"),
+        (20, 541, 0.057, 20 / 541, "not distinguishable"),
+        (8, 100, 0.05, 0.01, "not distinguishable"),  # p < alpha, not p <= alpha
+        (0, 541, 1.0, 20 / 541, "not distinguishable"),
     ],
 )
-def test_verdict_in_words(only_a, only_b, n, words):
-    p = significance.mcnemar_p(only_a, only_b)
-    assert significance.verdict(only_b - only_a, n, p, 0.05, 20 / 541) == words
-
-
-def test_verdict_at_its_limits():
-    assert significance.verdict(7, 100, 0.01, 0.05, 0.07) == "clear margin"
-    assert 0.07 * 100 > 7, "the product is not exact"
-    assert significance.verdict(8, 100, 0.05, 0.05, 0.01) == "not distinguishable", "p < alpha"
+def test_verdict_in_words(net, n, p, share, words):
+    assert significance.verdict(net, n, p, 0.05, share) == words
 
 
 def test_comparisons_follow_the_plan():
