@@ -63,22 +63,15 @@ def _content(name: str | Path, revision: str | None, config: Any) -> list:
 
 
 def generate_all(
-    config: Any,
-    device: Device,
-    adapter: str | Path,
-    prompts: list[dict],
-    out: Path,
-    gpus: int | None = None,
+    config: Any, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
-    """{(model, format): responses} of the whole grid, spread over `gpus` processes if several.
+    """{(model, format): responses} of the whole grid; with several GPUs, one process a GPU.
 
     Raises RuntimeError if a process fails.
     """
-    names = model_names(config)
-    gpus = devices.gpu_count() if gpus is None else gpus
-    if gpus > 1:
+    names, found = model_names(config), {}
+    if (gpus := devices.gpu_count()) > 1:
         _generate_in_processes(names, config, adapter, out, gpus)
-    found: dict = {}
     for name in names:
         found |= generate_for(name, config, device, adapter, prompts, out)
     return found

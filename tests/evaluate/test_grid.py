@@ -39,9 +39,19 @@ def adapter(config, tmp_path_factory):
     return folder
 
 
-def generate_all(config, adapter, out, gpus=1):
+def generate_all(config, adapter, out):
     prompts = grid.evaluation_prompts(config)
-    return grid.generate_all(config, CPU, adapter, prompts, out, gpus)
+    return grid.generate_all(config, CPU, adapter, prompts, out)
+
+
+def list_gpus(folder, monkeypatch, count):
+    """Put an nvidia-smi that lists as many GPUs first on the PATH."""
+    stub = folder / "nvidia-smi"
+    lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(count))
+    stub.write_text(f"#!{os.path.realpath('/bin/sh')}\n{lines}", "utf-8")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +68,20 @@ def test_every_model_responds_to_every_prompt_in_every_format(generated):
     assert found["base", "chat"] != found["SFT", "chat"]
 
 
-def test_two_processes_give_the_same_responses(config, generated, adapter, tmp_path, capsys):
-    assert generate_all(config, adapter, tmp_path, gpus=2) == generated[0]
+def test_two_processes_give_the_same_responses(
+    config, generated, adapter, tmp_path, capsys, monkeypatch
+):
+    list_gpus(tmp_path, monkeypatch, 2)
+    assert generate_all(config, adapter, tmp_path) == generated[0]
     shown = capsys.readouterr().out
     assert "GPU 0 | base-raw" in shown
     assert "GPU 1 | SFT-raw" in shown
 
 
-def test_a_process_that_fails_is_named(config, tmp_path, capsys):
+def test_a_process_that_fails_is_named(config, tmp_path, monkeypatch):
+    list_gpus(tmp_path, monkeypatch, 2)
     with pytest.raises(RuntimeError, match="The process on GPU 1 failed"):
-        generate_all(config, tmp_path / "no adapter here", tmp_path, gpus=2)
+        generate_all(config, tmp_path / "no adapter here", tmp_path)
 
 
 def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch):
@@ -150,11 +164,8 @@ def test_published_figures_stand_beside_the_full_run_only():
 def test_the_users_choice_of_gpus_stands(visible, listed, count, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        list_gpus(tmp_path, monkeypatch, listed)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    if listed is not None:
-        stub = tmp_path / "nvidia-smi"
-        lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(listed))
-        stub.write_text(f"#!{os.path.realpath('/bin/sh')}\n{lines}", "utf-8")
-        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
     assert devices.gpu_count() == count
