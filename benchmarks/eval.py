@@ -1,20 +1,19 @@
-"""Useful tokens a second while answering IFEval-like prompts greedily: ours and two other engines.
+"""Useful tokens per second of greedy decoding on IFEval-like prompts, against two other engines.
 
     python -m benchmarks.eval [--prompts 256] [--json results/bench_eval.json]
 
-Against lm-eval's own HF generation at batch 16, and transformers' continuous batching. Prompts are
-as long as IFEval's in Qwen2.5's chat format (29 tokens and a log-normal with median 41), answers
-log-normal with median 250, capped at 1280. Weights are random, so nothing would stop by itself: the
-model ends every row at the length drawn for it. It knows the row by the class of the last token
-(its id modulo the number of prompts, kept from the prompt on) and the length by the position, so
-it does in every engine alike; which of a class's 16 tokens comes next is up to the weights. On a
-CPU: Qwen2.5-0.5B's proportions with a thirtieth of its parameters. On a GPU: its true shape
-(written, not run yet). Each engine runs in a process of its own; a ratio is between the fastest
-rows. Leave the machine alone meanwhile.
+The other engines are lm-eval's HF generation at batch 16 and transformers' continuous batching.
+Prompts have the lengths of IFEval's in Qwen2.5's chat format (29 tokens plus a log-normal with
+median 41). Response lengths are log-normal with median 250, capped at 1280. Weights are random, so
+no row would stop by itself: the model ends every row at the length drawn for it, in every engine
+alike. It recognises the row by the class of the last token (its id modulo the number of prompts)
+and the length by the position; which of a class's 16 tokens comes next is up to the weights. On a
+CPU the model has Qwen2.5-0.5B's proportions and a thirtieth of its parameters; on a GPU its true
+shape (not run yet). Each engine runs in its own process, and a ratio compares the fastest runs.
+Keep the machine idle otherwise.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from atlas_lib import artifacts, devices, session
 from atlas_lib.evaluate import decoding
 from benchmarks import train
 
-CAP, MEDIAN_ANSWER, SPREAD = 1280, 250, 0.8
+CAP, MEDIAN_RESPONSE, SPREAD = 1280, 250, 0.8
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 STOP = SPECIALS.index("<|im_end|>")
 CHOICES = 16  # tokens in a class: how many the weights choose from
@@ -52,7 +51,7 @@ RUNS = [  # engine, slots; None: as many as the engine takes by itself
 
 
 def drawn(n: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
-    """Prompt ids and answer lengths. The last token of prompt i is of class i, as is its answer."""
+    """Prompt ids and response lengths. Prompt i's last token and its response are of class i."""
     draw = random.Random(seed)
     prompts, lengths = [], []
     for row in range(n):
@@ -60,7 +59,7 @@ def drawn(n: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
         words = [draw.randrange(n * CHOICES) for _ in range(size - 1)]
         words.append(row + n * draw.randrange(CHOICES))
         prompts.append([len(SPECIALS) + word for word in words])
-        lengths.append(min(CAP, int(draw.lognormvariate(math.log(MEDIAN_ANSWER), SPREAD))))
+        lengths.append(min(CAP, int(draw.lognormvariate(math.log(MEDIAN_RESPONSE), SPREAD))))
     return prompts, lengths
 
 
@@ -130,8 +129,8 @@ def with_lm_eval(model: Any, tokenizer: Any, texts: list[str], slots: int) -> li
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=slots, max_length=4096)
     options = {"until": [SPECIALS[STOP]], "max_gen_toks": CAP, "do_sample": False}
-    asked = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
-    return tokenizer(lm.generate_until(asked, disable_tqdm=True))["input_ids"]
+    requests = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
+    return tokenizer(lm.generate_until(requests, disable_tqdm=True))["input_ids"]
 
 
 def with_continuous_batching(
@@ -153,34 +152,14 @@ def with_continuous_batching(
 
 
 def with_atlas(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list[list[int]]:
-    answers = decoding.generate(model, tokenizer, texts, "raw", CAP, slots)
-    return tokenizer([answer["response"] for answer in answers])["input_ids"]
-
-
-def with_vllm(model: Any, tokenizer: Any, texts: list[str], slots: int) -> list[list[int]]:
-    """Plain weights, each row as long as the others'; its tokens differ. Not run yet."""
-    import vllm
-
-    prompts = tokenizer(texts)["input_ids"]
-    wanted = dict(zip(map(tuple, model.prompts), model.lengths, strict=True))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        llm = vllm.LLM(model=folder, skip_tokenizer_init=True, max_num_seqs=slots, dtype="half")
-    options = [
-        vllm.SamplingParams(
-            temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=wanted[tuple(ids)]
-        )
-        for ids in prompts
-    ]
-    found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], options)
-    return [list(output.outputs[0].token_ids) for output in found]
+    responses = decoding.generate(model, tokenizer, texts, "raw", CAP, slots)
+    return tokenizer([response["response"] for response in responses])["input_ids"]
 
 
 ENGINES = {
     "lm_eval": with_lm_eval,
     "continuous_batching": with_continuous_batching,
     "atlas": with_atlas,
-    "vllm": with_vllm,
 }
 
 
@@ -247,8 +226,6 @@ def main() -> None:
         engine, slots = args.only
         artifacts.write_json(args.json, measure(engine, int(slots), args.prompts))
         return
-    if importlib.util.find_spec("vllm"):
-        RUNS.append(("vllm", 128))
     results = []
     for engine, slots in RUNS:
         results.append(in_a_process(engine, slots, args.prompts))
@@ -273,7 +250,7 @@ def summary(results: list[dict], n: int) -> dict:
     return {
         "prompts": n,
         "prompt_tokens": {"median": statistics.median(map(len, prompts))},
-        "answer_tokens": {
+        "response_tokens": {
             "sum": sum(lengths),
             "median": statistics.median(lengths),
             "mean": statistics.mean(lengths),

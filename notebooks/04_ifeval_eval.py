@@ -14,20 +14,22 @@
 # %% [markdown]
 # # Measure whether it follows instructions
 #
-# IFEval asks for things that a program can check: no commas, exactly three bullets, an answer in
-# quotation marks. Here the base model, the fine-tuned one and the vendor's own Instruct answer the
-# same prompts, greedily, and Google's own checkers (as lm-eval ships them) say who did what was
-# asked.
+# IFEval consists of prompts with instructions that a program can verify: no commas, exactly three
+# bullet points, a response in quotation marks. The base model, the fine-tuned model and the
+# vendor's Instruct model respond to the same prompts with greedy decoding, and Google's checkers,
+# as shipped with lm-eval, decide which instructions each response follows.
 #
-# Each model is asked twice: **raw**, the bare prompt, as the published scores were taken, and
-# **chat**, in the template that the fine-tuning used. Published scores for this recipe exist only
-# raw, so the fine-tuned model was never asked in the language that it had been taught.
+# Each model is evaluated in two prompt formats: **raw**, the bare prompt without a chat template,
+# in which the published scores were measured, and **chat**, the template used in fine-tuning. All
+# published scores of this recipe are raw, so they say nothing about the fine-tuned model in the
+# format that it was trained on.
 #
-# **What you will see:** one prompt and its verdict; the rule for the words "better" and "clear",
-# fixed before any answer is read; the grid of models and formats; the differences with their
-# intervals; which instruction types moved; wins and losses to read; and what it would take to see
-# a smaller effect.
-# **In:** the adapter of notebook 03 (or `models.adapter`) and the prompts. **Out:**
+# **What you will see:** a prompt with a response that passes and one that fails; the decision rule,
+# fixed before any response is generated; the scores of all models and formats; paired differences
+# with confidence intervals; the instruction types that changed; individual wins and losses; and the
+# number of prompts that would be needed to detect a smaller effect.
+#
+# **Inputs:** the adapter of notebook 03 (or `model.adapter`) and the prompts. **Outputs:**
 # `04_ifeval_eval/responses/`, `scores/`, `ifeval.json`, and `metrics.json`.
 
 # %% tags=["parameters"]
@@ -65,7 +67,7 @@ from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, devices, models, notebooks, session
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import grid, guardrails, ifeval, significance
+from atlas_lib.evaluate import grid, guardrails, ifeval, significance, tables
 
 config = load_config(CONFIG, OVERLAY, SET)
 out = session.output_folder(OUT, CONFIG, OVERLAY)
@@ -75,31 +77,47 @@ print(f"{device.name}, {device.dtype}: {device.reason}")
 headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
 
 # %% [markdown]
-# ## The smallest example: one prompt, one verdict
+# ## The smallest example: a pass and a failure
 #
-# Each prompt carries one to three instructions. *Strict* takes the answer as it is; *loose* also
-# accepts it without its first or last line or without asterisks. A prompt counts as passed when all
-# of its instructions are.
+# A prompt carries one to three instructions, and passes when its response follows all of them. This
+# example is not part of the benchmark; it has the same schema. *Strict* scoring takes the response
+# as it is. *Loose* scoring also accepts it without its first or last line, or without asterisks, so
+# that an introductory sentence does not count as a failure.
 
 # %%
-ifeval.ensure_punkt()  # before anything long: some checkers need it, and they come last
-prompts = grid.load_prompts(config)
-print(prompts[0]["prompt"])
-for answer in ("", "Yes, of course, here it is."):
-    verdict = ifeval.score(prompts[:1], [answer])[0]
-    print(repr(answer), dict(zip(verdict["instruction_id_list"], verdict["strict"], strict=True)))
+example = {
+    "key": "example",
+    "prompt": "What do you have for breakfast? Use quotation marks and no commas.",
+    "instruction_id_list": ["startend:quotation", "punctuation:no_comma"],
+    "kwargs": [{}, {}],
+}
+for response in ('"Bread and tea."', '"Bread, tea."', 'Sure:\n"Bread and tea."'):
+    [verdict] = ifeval.score([example], [response])
+    passed = {mode: verdict[f"prompt_{mode}"] for mode in ("strict", "loose")}
+    print(f"{response!r:28} {passed}, instructions (strict): {verdict['strict']}")
 
 # %% [markdown]
-# An empty answer never passes, even where silence would satisfy the rule. Verdicts are the same in
-# every run: the two checkers that draw random letters and the language detector are seeded.
+# The first response passes, the second one breaks one of the two instructions, and the third one
+# passes only with loose scoring. An empty response never passes. Scoring is deterministic: the two
+# checkers that draw a random letter and the language detector are seeded.
 #
-# ## The rule, before the answers
+# These are the prompts of the evaluation; the first one follows below.
+
+# %%
+prompts = grid.evaluation_prompts(config)
+print(f"{len(prompts)} prompts from {config.eval.prompts}")
+print(prompts[0]["instruction_id_list"], prompts[0]["prompt"], sep="\n")
+
+# %% [markdown]
+# ## The decision rule
 #
-# Both models answer the *same* prompts, so only those on which they differ carry information.
-# McNemar's exact test asks whether wins and losses among them could be coin flips. One comparison
-# is the primary one, fixed here: **SFT against base, both in the chat format**. The secondary one
-# is the published protocol, raw against raw. All others are corrected together (Holm), since
-# whoever looks often enough finds something.
+# All models respond to the *same* prompts, so only the prompts on which two models differ carry
+# information about their difference. McNemar's exact test asks whether the wins and losses among
+# these discordant prompts are compatible with a fair coin. The primary comparison is fixed here,
+# before any response is generated: **SFT against base, both in the chat format**. The secondary
+# comparison is the published protocol, raw against raw. The p-values of all other comparisons are
+# corrected together by Holm's method, because one of many tests is likely to be significant by
+# chance.
 
 # %%
 alpha, margin = config.eval.alpha, config.eval.clear_margin
@@ -109,20 +127,21 @@ print(f"  ({margin:.1%} of the {len(prompts)} prompts), fewer: 'better, but smal
 print("  more losses than wins: 'worse'")
 for discordant in (20, 40, 60, 100):
     wins = int(significance.wins_needed(discordant, alpha))
-    print(f"of {discordant} prompts on which two models differ, {wins} wins are significant")
+    print(f"of {discordant} discordant prompts, {wins} wins are significant")
 
 # %% [markdown]
-# ## Whose answers?
+# ## The adapter
 #
-# The adapter comes from notebook 03, which is run now if it has not been; `models.adapter` names
-# another one, by path or hub id, and then nothing is trained.
+# The adapter comes from notebook 03, which is executed now if its result is missing. If
+# `model.adapter` names another adapter, by path or hub id, that one is evaluated and nothing is
+# trained.
 
 
 # %%
 def train(config, out: Path) -> Path:
-    """The page of 03 is the only place that trains: run it."""
-    page = notebooks.execute("03_sft_train", out, parameters)
-    print(f"trained by {page}")
+    """Execute notebook 03, the only place that trains."""
+    executed = notebooks.execute("03_sft_train", out, parameters)
+    print(f"trained by {executed}")
     return out / "03_sft_train"
 
 
@@ -131,81 +150,85 @@ trained = None if config.model.adapter else artifacts.require("03_sft_train", co
 adapter = config.model.adapter or trained / "adapter"
 
 # %% [markdown]
-# ## Ask everybody
+# ## Generate the responses
 #
-# All models answer on weights of the same precision, so that only the adapter differs, and it is
-# merged into them. In float32 merging changes no token (the tests show it row for row); in half
-# precision a near tie between two tokens may fall the other way.
+# All models use weights of the same precision, so that only the adapter differs; it is merged into
+# the weights. In float32, merging changes no token (the tests compare the rows); in half precision,
+# a near tie between two tokens may be resolved differently.
 #
-# The answer is cut at the first stop token before it is turned into text. As soon as one is
-# finished it is on disk, in `answers/`, and the next prompt takes its place in the batch. A run
-# that dies goes on with what is missing. On a machine with two GPUs the models are spread over
-# both.
+# A response is cut at the first stop token before it is decoded to text. Finished responses are
+# stored in `responses/` at once, and the next prompt takes the free slot in the batch. After an
+# interruption, re-running generates only the missing responses. On a machine with several GPUs the
+# models are distributed over them.
+
+# %% tags=["generate"]
+responses = grid.generate_all(config, device, adapter, prompts, out)
 
 # %%
-answered = grid.ask_all(parameters, device, adapter, prompts, out)
 verdicts = {
-    row: ifeval.score(prompts, [answer["response"] for answer in answers])
-    for row, answers in answered.items()
+    row: ifeval.score(prompts, [response["response"] for response in given])
+    for row, given in responses.items()
 }
-assert all(len(rows) == len(prompts) for rows in verdicts.values()), "somebody did not answer"
+assert all(len(rows) == len(prompts) for rows in verdicts.values()), "responses are missing"
 
 # %% [markdown]
-# ## The grid
+# ## Scores
 #
-# Four accuracies a row, and what confounds them: how many answers hit the length limit, ended with
-# `<|im_end|>`, go round in circles, are empty; how long they are, and how many different ones there
-# are. A model that says the same thing to everybody passes some instructions without having read
-# any.
+# Each column is a model in one prompt format: four accuracies with 95 % confidence intervals, and
+# diagnostics that confound a comparison. `at_cap` is the share of responses cut at the length
+# limit, `eos_rate` the share that end with `<|im_end|>`, `repetition` the share dominated by a
+# loop, `mean_length` is in tokens, and `distinct` counts the different responses: a model that
+# gives the same response to every prompt passes some instructions without reading them.
+
+# %%
+metrics = ifeval.grid_metrics(responses, verdicts)
+if not config.model.instruct:
+    print("Instruct: not run (model.instruct is not set)")
+tables.score_table(metrics)
+
+# %% [markdown]
+# The prompt-level intervals are Wilson's. The instruction-level intervals are a bootstrap over
+# prompts, because the instructions of one prompt share one response and are not independent.
+# Compare columns of the same format first. The difference between raw and chat within a model is
+# the effect of the chat template alone.
+#
+# Where others have published figures for the same model and protocol, ours should agree with them
+# within the interval. `eval.guardrails` adds MMLU, GSM8K and TruthfulQA with the settings of the
+# published recipe. They take hours, and fine-tuning is not expected to move them by more than a
+# point or two.
 
 # %%
 import pandas as pd
 
-metrics = ifeval.measure(answered, verdicts)
-columns = ["n", *ifeval.ACCURACIES, "ci95", "inst_ci95", "at_cap", "stop_rate", "repetition"]
-columns += ["empty", "mean_length", "distinct"]
-table = pd.DataFrame(metrics).set_index(["model", "format"])[columns].T.astype(object)
-for interval in ("ci95", "inst_ci95"):
-    table.loc[interval] = [f"{low:.3f} to {high:.3f}" for low, high in table.loc[interval]]
-if not config.model.instruct:
-    table["Instruct", "any"] = "not run"
-table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
-
-# %% [markdown]
-# `ci95` is Wilson's interval of the prompt-level strict accuracy; `inst_ci95` that of the
-# instruction level, a bootstrap over prompts, since the instructions of one prompt share one
-# answer. Compare rows of the same format first; the jump from raw to chat within a model says how
-# much the wording of the question does.
-#
-# Others have measured some of these rows. Where model and protocol are the same, ours should agree.
-# All published figures of this recipe were asked raw: the fine-tuned model was never asked in the
-# format that it had been trained in.
+published = tables.beside_ours(grid.known_figures(config), metrics)
+if published:
+    display(pd.DataFrame(published))
+else:
+    print("There are no published figures for this model and these prompts.")
 
 # %%
-published = grid.published(config)
-for row in published:
-    ours = next((m for m in metrics if all(m[k] == row[k] for k in ("model", "format"))), None)
-    row["ours"] = "not run" if ours is None else f"{ours['prompt_level_strict_acc']:.4f}"
-    inside = ours is not None and ours["ci95"][0] <= row["value"] <= ours["ci95"][1]
-    row["agrees"] = ("yes" if inside else "no") if ours and row["should_agree"] else "-"
-pd.DataFrame(published) if published else "nobody has published figures for this model and data"
+guarded = []
+for name in grid.model_names(config) if config.eval.guardrails else []:
+    model, tokenizer = grid.load_model(name, config, device, adapter), models.load_tokenizer(config)
+    for row in guardrails.run_tasks(model, tokenizer, batch_size=8):
+        figure = guardrails.PUBLISHED[row["task"]].get(name)
+        guarded.append({"model": name, **row, "published": figure})
+if guarded:
+    display(pd.DataFrame(guarded))
+else:
+    print("MMLU, GSM8K and TruthfulQA: not run (eval.guardrails is off)")
 
 # %% [markdown]
-# ## More than noise?
+# ## Paired comparisons
 #
-# Points are percentage points of prompt-level strict accuracy, their intervals a bootstrap over
-# prompts. `won` and `lost` are the prompts that only the second or only the first model passed.
+# Differences are percentage points of prompt-level strict accuracy, with a bootstrap interval over
+# prompts. `won` and `lost` count the prompts that only the first-named or only the second-named
+# model passed. `p` is corrected for all but the primary and the secondary comparison.
 
 # %%
-compared = significance.comparisons(verdicts, alpha, margin)
-for row in compared:
-    row["comparison"] = f"{' '.join(row['b'])} against {' '.join(row['a'])}"
+compared = significance.compare_grid(verdicts, alpha, margin)
 primary = next((row for row in compared if row["role"] == "primary"), compared[0])
-shown = pd.DataFrame(compared).set_index("comparison").drop(columns=["won", "lost"])
-shown["difference"] = [significance.in_points(row) for row in compared]
-shown["p"] = [f"{p:.2g}" for p in shown["p_adjusted"]]
-shown = shown.rename(columns={"only_b": "won", "only_a": "lost"})
-shown[["role", "difference", "won", "lost", "both", "neither", "p", "verdict"]]
+tables.comparison_table(compared)
 
 # %%
 import matplotlib.pyplot as plt
@@ -213,120 +236,99 @@ import matplotlib.pyplot as plt
 from atlas_lib import figures
 
 figure, axes = plt.subplots(figsize=(7, 0.8 + 0.35 * len(compared)), layout="constrained")
-upwards = compared[::-1]
-for position, row in enumerate(upwards):
+for position, row in enumerate(reversed(compared)):
     color = "#c44e52" if row is primary else "#4c72b0"
     axes.plot(row["difference_ci95"], [position] * 2, color=color)
     axes.plot(row["difference_points"], position, "o", color=color)
 axes.axvline(0, color="#8c8c8c", linewidth=0.8)
-axes.set_yticks(range(len(compared)), [row["comparison"] for row in upwards])
-axes.set(xlabel="difference in points, 95 % interval")
-axes.set(ylim=(-0.6, len(compared) - 0.4))
+axes.set_yticks(range(len(compared)), [row["comparison"] for row in reversed(compared)])
+axes.set(xlabel="difference in points, 95 % interval", ylim=(-0.6, len(compared) - 0.4))
 axes.set_title(f"{primary['comparison']}: {primary['verdict']}")
-points = [f"{row['comparison']} {row['difference_points']:+.1f}" for row in compared]
-figures.show(figure, f"Differences with intervals, in points: {'; '.join(points)}.", config.label)
+points = [f"{row['comparison']} {tables.in_points(row)}" for row in compared]
+figures.show(figure, f"Differences with intervals: {'; '.join(points)}.", config.label)
 
 # %% [markdown]
-# An interval that crosses the line leaves the direction open. The red one is the comparison that
-# was fixed beforehand; it is the one that the headline reports.
+# If an interval includes zero, the direction of the difference is undecided. The primary comparison
+# is drawn in red; it is the one that the headline reports.
 #
-# ## Which instructions moved?
+# ## Instruction types
 #
-# Some types pass by accident: a model that repeats one short sentence uses no commas. So the
-# single bars are there to be looked at, and the verdict is taken on all prompts together. Types
-# marked with a dot are the ones that the training data teaches, where that is known.
+# Some types pass by accident: a model that repeats one short sentence uses no commas. The bars are
+# therefore descriptive, and the verdict is based on all prompts together. Types marked with a dot
+# are those that the training data teaches, where that is known.
 
 # %%
-form = primary["b"][1]
+prompt_format = primary["b"][1]
 taught = set(config.offline.taught if config.data.dataset.startswith("embedded:") else [])
-by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == form}
-shares = pd.DataFrame(
-    {name: {kind: p / n for kind, (p, n) in by_type[name].items()} for name in by_type}
-)
+by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == prompt_format}
+shares = pd.DataFrame(by_type).map(lambda counts: counts[0] / counts[1])
 shares = shares.rename(lambda kind: f"{'• ' if kind in taught else ''}{kind}").sort_values("SFT")
 gained = int((shares["SFT"] > shares["base"]).sum())
-colors = ["#c5c9d3", "#4c72b0", "#8c8c8c", "#dd8452"]
+colors = ["#c5c9d3", "#4c72b0", "#8c8c8c"]
 axes = shares.plot.barh(figsize=(8, 7), width=0.8, color=colors[: len(by_type)])
-axes.set(xlabel=f"share followed ({form}, strict)", ylabel="")
+axes.set(xlabel=f"share followed ({prompt_format}, strict)", ylabel="")
 finding = f"SFT follows {gained} of {len(shares)} instruction types more often than base"
 axes.set_title(finding)
 figures.show(axes.figure, f"Share followed, by type and model. {finding}.", config.label)
 
 # %% [markdown]
-# A type near zero for everybody is one that the fine-tuning data does not contain. It stays in the
-# picture, and in the average. In the offline stand-in the base has read requests and answers as
-# plain text, as every pretrained model has; what the fine-tuning adds is the chat format and when
-# to stop, and that is why its raw rows differ much less than its chat rows.
+# A type near zero for every model is one that the fine-tuning data does not contain; it still
+# counts in the average. With the offline overlay, the base model has seen requests and responses as
+# plain text, as every pretrained model has. Fine-tuning adds the chat format and when to stop,
+# which is why its raw scores differ much less than its chat scores.
 #
-# Per type, the same four counts as above, for the primary comparison:
+# The same counts per type for the primary comparison:
 
 # %%
-types = pd.DataFrame(primary["by_type"]).T.rename(columns={"only_b": "won", "only_a": "lost"})
-types.assign(net=types["won"] - types["lost"]).sort_values("net", ascending=False)
+tables.type_table(primary["by_type"])
 
 # %% [markdown]
-# ## Wins and losses, read aloud
+# Where the taught types are known, the effect should be clearest on the prompts that ask for
+# nothing else; these are their scores.
+
+# %%
+subset = [i for i, p in enumerate(prompts) if set(p["instruction_id_list"]) <= taught]
+on_taught = ifeval.grid_metrics(responses, verdicts, subset) if subset else []
+if on_taught:
+    display(tables.score_table(on_taught))
+
+# %% [markdown]
+# ## Wins and losses
 #
-# Numbers hide what happened. Five prompts that only the second model of the primary comparison
-# passed, and five that it lost, with the instruction that the other one failed.
+# Averages hide what happened. The next cell prints up to five wins and up to five losses of the
+# primary comparison, with the instruction that the failing response did not follow.
 
 # %%
 place = {prompt["key"]: index for index, prompt in enumerate(prompts)}
 a, b = tuple(primary["a"]), tuple(primary["b"])
-for heading, keys, failing, passing in (("WON", "won", a, b), ("LOST", "lost", b, a)):
-    for key in primary[keys][:5]:
-        index = place[key]
-        names, strict = (verdicts[failing][index][k] for k in ("instruction_id_list", "strict"))
-        failed = [name for name, ok in zip(names, strict, strict=True) if not ok]
-        print(f"{heading} {prompts[index]['prompt'][:300]!r}")
-        print(f"  {' '.join(passing)}: {answered[passing][index]['response'][:240]!r}")
-        print(f"  {' '.join(failing)}: {answered[failing][index]['response'][:240]!r}")
-        print(f"  failed by {' '.join(failing)}: {', '.join(failed)}\n")
+for heading, failing, passing in (("won", a, b), ("lost", b, a)):
+    for index in [place[key] for key in primary[heading][:5]]:
+        verdict = verdicts[failing][index]
+        names = zip(verdict["instruction_id_list"], verdict["strict"], strict=True)
+        failed = [name for name, ok in names if not ok]
+        print(f"{heading.upper()} {prompts[index]['prompt'][:300]!r}")
+        for row in (passing, failing):
+            print(f"  {' '.join(row)}: {responses[row][index]['response'][:240]!r}")
+        print(f"  not followed by {' '.join(failing)}: {', '.join(failed)}\n")
 
 # %% [markdown]
-# ## What would it take to see less?
+# ## Sensitivity
 #
-# A test that finds nothing has not shown that there is nothing. With as many differing prompts as
-# there were, a net win below the first number could not have been significant; to find an effect of
-# the observed size four times out of five, the second number of prompts is needed.
+# A test without a significant result does not show that there is no effect. The first number is the
+# smallest net win that would have been significant with as many discordant prompts. The second one
+# is the number of prompts needed to detect an effect of the observed size with the given power.
 
 # %%
 seen = significance.sensitivity(primary, len(prompts), alpha)
 print(f"{primary['comparison']}: {primary['only_b']} wins, {primary['only_a']} losses")
-print(f"smallest net win that would have been significant: {seen['net_needed']}")
-print(f"prompts needed to find an effect of this size with {seen['power']:.0%} power:", end=" ")
-print(seen["prompts_needed"] or "no effect was seen")
-subset = [i for i, p in enumerate(prompts) if set(p["instruction_id_list"]) <= taught]
-on_taught = ifeval.measure(answered, verdicts, subset) if subset else []
+print(f"smallest significant net win: {seen['net_needed']}")
+needed = seen["prompts_needed"] or "no effect was observed"
+print(f"prompts needed to detect this effect with {seen['power']:.0%} power: {needed}")
 
 # %% [markdown]
-# Where it is known which types the training data teaches, the picture on the prompts that ask for
-# nothing else should be plain; on the others nothing is expected.
-
-# %%
-pd.DataFrame(on_taught)[["model", "format", *columns]] if on_taught else "not known for this data"
-
-# %% [markdown]
-# ## What should not have moved
+# ## Write the results
 #
-# Knowledge and arithmetic are not what this fine-tuning teaches. `eval.guardrails` asks MMLU, GSM8K
-# and TruthfulQA as the published recipe did, which takes hours; nothing is expected to move by more
-# than a point or two.
-
-# %%
-guarded = []
-for name in grid.model_names(config) if config.eval.guardrails else []:
-    answering = grid.load(name, config, device, adapter)
-    rows = guardrails.measure(answering, models.load_tokenizer(config), batch_size=8)
-    guarded += [{"model": name, **row} for row in rows]
-for row in guarded:
-    row["published"] = guardrails.PUBLISHED[row["task"]].get(row["model"])
-pd.DataFrame(guarded) if guarded else "not run: eval.guardrails is off"
-
-# %% [markdown]
-# ## Write it down
-#
-# One object a model and format in `metrics.json`, each with what it takes to find the run again.
+# `metrics.json` holds one object per model and format, each with the origin of its run.
 
 # %%
 origin = {"config_digest": config.digest(), "commit": session.commit(), "data": config.eval.prompts}
@@ -335,11 +337,11 @@ results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taugh
 results |= {"sensitivity": seen, "guardrails": guarded, "published": published, **origin}
 
 with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
-    for (name, how), answers in answered.items():
-        keyed = [{"key": p["key"], "prompt": p["prompt"]} for p in prompts]
-        keyed = [asked | answer for asked, answer in zip(keyed, answers, strict=True)]
-        artifacts.write_jsonl(folder / "responses" / f"{name}-{how}.jsonl", keyed)
-        artifacts.write_jsonl(folder / "scores" / f"{name}-{how}.jsonl", verdicts[name, how])
+    for (name, prompt_format), given in responses.items():
+        file, pairs = f"{name}-{prompt_format}.jsonl", zip(prompts, given, strict=True)
+        keyed = [{"key": p["key"], "prompt": p["prompt"], **response} for p, response in pairs]
+        artifacts.write_jsonl(folder / "responses" / file, keyed)
+        artifacts.write_jsonl(folder / "scores" / file, verdicts[name, prompt_format])
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
 
@@ -349,13 +351,14 @@ headline.update(
     Markdown(
         f"**{primary['comparison']}: {primary['verdict']}.** Prompt-level strict accuracy "
         f"{scores[a]:.3f} to {scores[b]:.3f} on {len(prompts)} prompts, "
-        f"{significance.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
+        f"{tables.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
         f"p = {primary['p_adjusted']:.2g}. {config.label}"
     )
 )
 
 # %% [markdown]
-# Kaggle gives back the files of a run but not its page; there, the next line keeps it beside them.
+# Kaggle returns the files of a run but not the executed notebook; on Kaggle, the next line copies
+# the notebook beside them.
 
 # %% tags=["keep"]
 notebooks.keep("04_ifeval_eval", out)
@@ -363,10 +366,10 @@ notebooks.keep("04_ifeval_eval", out)
 # %% [markdown]
 # ## Summary
 #
-# The same prompts, the same checkers, every model in two formats, and a paired test whose rule was
-# fixed before the answers were read.
+# All models respond to the same prompts in two formats, the same checkers score them, and a paired
+# test with a rule fixed in advance decides which differences are more than noise.
 #
-# **What did not work:** reading a table of two averages. The published difference between base and
-# SFT for this recipe, taken raw, is two prompts of 541, from which nothing can be concluded.
+# **What did not work:** comparing two averages. The published difference between base and SFT for
+# this recipe, measured raw, is two prompts of 541, from which nothing can be concluded.
 #
-# **Next:** change a value in [03_sft_train](03_sft_train.ipynb) by `SET` and see whether it moves.
+# **Next:** change a value of [03_sft_train](03_sft_train.ipynb) with `SET` and evaluate again.

@@ -1,196 +1,157 @@
-"""Who answers what: every model in every format, in this process or in one process a GPU."""
+"""The evaluation grid: every model in every prompt format, in this process or one process a GPU."""
 
-import argparse
 import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import bootstrap, devices, models, sources
-from atlas_lib.config import CONFIGS, flatten, load_config
-from atlas_lib.evaluate import decoding, responses
+from atlas_lib import artifacts, bootstrap, devices, models, sources
+from atlas_lib.config import CONFIGS, Config, flatten
+from atlas_lib.devices import Device
+from atlas_lib.evaluate import decoding, ifeval_files, responses
 from atlas_lib.standin import tiny_model
 
-SFT_NF4 = "SFT (NF4)"  # the adapter on the 4-bit weights that it was trained on
-FOLDER = "answers"
+ROLES = {"base": "base", "SFT": "base", "Instruct": "instruct"}  # the key of model: with weights
+STORE = "responses"  # the folder of OUT in which responses are kept as they finish
 
 
 def model_names(config: Any) -> list[str]:
-    """The rows of the grid, in their order."""
-    names = ["base", "SFT"]
-    names += [SFT_NF4] if config.eval.nf4_row else []
-    return names + (["Instruct"] if config.model.instruct else [])
+    """The models to evaluate, in order."""
+    return [name for name, role in ROLES.items() if getattr(config.model, role)]
 
 
-def load(name: str, config: Any, device: Any, adapter: str | Path) -> Any:
-    """A row's model: all on one base in one precision; the adapter merged, unless in 4 bits."""
-    in_4bit = config.eval.load_in_4bit or name == SFT_NF4
-    role = "instruct" if name == "Instruct" else "base"
-    weights = models.load_weights(role, config, device, in_4bit)
-    if not name.startswith("SFT"):
+def load_model(name: str, config: Any, device: Device, adapter: str | Path) -> Any:
+    """A model of the grid, all in one precision; the adapter is merged unless in 4 bits."""
+    in_4bit = config.eval.load_in_4bit
+    weights = models.load_weights(ROLES[name], config, device, in_4bit)
+    if name != "SFT":
         return weights
     revision = config.model.adapter_revision
     return models.attach_adapter(weights, adapter, revision, merge=not in_4bit)
 
 
-def made_from(
-    name: str, form: str, config: Any, device: Any, adapter: str | Path, tokenizer: Any
+def response_origin(
+    name: str, prompt_format: str, config: Any, device: Device, adapter: str | Path, tokenizer: Any
 ) -> dict[str, Any]:
-    """Everything that decides a row's answers: another value is another file of answers."""
-    role = "instruct" if name == "Instruct" else "base"
-    weights = getattr(config.model, role)
-    embedded = weights.startswith(tiny_model.PREFIX)
+    """Everything that decides a model's responses; another value starts another file."""
+    role, model = ROLES[name], config.model
+    weights = _content(getattr(model, role), getattr(model, f"{role}_revision"), config)
+    adapted = _content(adapter, model.adapter_revision, config) if name == "SFT" else None
     return {
-        "weights": [weights, getattr(config.model, f"{role}_revision")],
-        "stand_in": tiny_model.digest(config) if embedded else None,
-        "adapter": _identity(adapter, config) if name.startswith("SFT") else None,
-        "in_4bit": config.eval.load_in_4bit or name == SFT_NF4,
+        "weights": weights,
+        "adapter": adapted,
+        "in_4bit": config.eval.load_in_4bit,
         "precision": f"{device.name} {device.dtype}",
-        "format": form,
+        "format": prompt_format,
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:12],
         "max_new_tokens": config.eval.max_new_tokens,
         "stop_ids": models.stop_ids(tokenizer),
-        "engine": config.eval.engine,
     }
 
 
-def _identity(adapter: str | Path, config: Any) -> str:
-    """An adapter by its content if it is a folder, else by its hub id and revision."""
-    weights = Path(sources.locate(str(adapter))) / "adapter_model.safetensors"
-    if weights.is_file():
-        return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    return f"{adapter}@{config.model.adapter_revision}"
+def _content(name: str | Path, revision: str | None, config: Any) -> list:
+    """What a configured name stands for: a digest of its content, or a hub id and revision."""
+    if str(name).startswith(tiny_model.PREFIX):
+        return [name, revision, tiny_model.digest(config)]
+    weights = Path(sources.locate(str(name))) / "adapter_model.safetensors"
+    return [artifacts.sha256(weights)] if weights.is_file() else [str(name), revision]
 
 
-def ask(
-    name: str, config: Any, device: Any, adapter: str | Path, prompts: list[dict], out: Path
+def generate_all(
+    config: Any, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
-    """{(name, format): answers}; only what is not on disk yet is generated."""
-    tokenizer = models.load_tokenizer(config)
-    loaded = functools.cache(lambda: _answering(name, config, device, adapter, tokenizer))
+    """{(model, format): responses} of the whole grid; with several GPUs, one process a GPU.
 
-    def generate_missing(form: str, missing: list[dict], keep: Any) -> None:
-        texts, cap = [prompt["prompt"] for prompt in missing], config.eval.max_new_tokens
-        slots, engine = config.run.eval_slots, config.eval.engine
-        decoding.generate(loaded(), tokenizer, texts, form, cap, slots, keep, engine)
-
-    return {
-        (name, form): responses.collect(
-            out / FOLDER,
-            f"{name.split()[0]}-{form}",
-            made_from(name, form, config, device, adapter, tokenizer),
-            prompts,
-            functools.partial(generate_missing, form),
-        )
-        for form in config.eval.formats
-    }
-
-
-def _answering(name, config, device, adapter, tokenizer) -> Any:
-    """What the engine takes: the model, or for vLLM a folder that holds it."""
-    weights = load(name, config, device, adapter)
-    if config.eval.engine != "vllm":
-        return weights
-    folder = tempfile.mkdtemp(prefix="merged-")  # not in OUT, which Kaggle keeps
-    weights.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def ask_all(
-    parameters: dict[str, Any],
-    device: Any,
-    adapter: str | Path,
-    prompts: list[dict],
-    out: Path,
-    gpus: int | None = None,
-) -> dict[tuple[str, str], list[dict]]:
-    """The whole grid. With several GPUs the models are spread over them, a process each.
-
-    `parameters` are a notebook's CONFIG, OVERLAY and SET. Raises RuntimeError if a process fails.
+    Raises RuntimeError if a process fails.
     """
-    config = load_config(*parameters.values())
-    gpus = devices.gpu_count() if gpus is None else gpus
-    if gpus > 1:
-        _spread(model_names(config), parameters, adapter, out, gpus)
-    found: dict = {}
-    for name in model_names(config):
-        found |= ask(name, config, device, adapter, prompts, out)
+    names, found = model_names(config), {}
+    if (gpus := devices.gpu_count()) > 1:
+        _generate_in_processes(names, config, adapter, out, gpus)
+    for name in names:
+        found |= generate_for(name, config, device, adapter, prompts, out)
     return found
 
 
-def _spread(names: list[str], parameters: dict, adapter: str | Path, out: Path, gpus: int) -> None:
-    """Let one process a GPU write its models' answers; their lines are echoed."""
-    command = [
-        sys.executable,
-        "-m",
-        "atlas_lib.evaluate.grid",
-        json.dumps(parameters),
-        str(adapter),
-    ]
-    processes = [
-        subprocess.Popen(
-            [*command, str(out), *names[gpu::gpus]],
+def generate_for(
+    name: str, config: Any, device: Device, adapter: str | Path, prompts: list[dict], out: Path
+) -> dict[tuple[str, str], list[dict]]:
+    """{(name, format): responses}; only those that are not on disk yet are generated."""
+    tokenizer = models.load_tokenizer(config)
+    loaded = functools.cache(lambda: load_model(name, config, device, adapter))
+
+    def generate_missing(prompt_format: str, missing: list[dict], on_response: Any) -> None:
+        texts = [prompt["prompt"] for prompt in missing]
+        limits = (config.eval.max_new_tokens, config.run.eval_slots)
+        decoding.generate(loaded(), tokenizer, texts, prompt_format, *limits, on_response)
+
+    return {
+        (name, prompt_format): responses.collect_responses(
+            out / STORE,
+            f"{name}-{prompt_format}",
+            response_origin(name, prompt_format, config, device, adapter, tokenizer),
+            prompts,
+            functools.partial(generate_missing, prompt_format),
+        )
+        for prompt_format in config.eval.formats
+    }
+
+
+def command(config: Any, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
+    """The command of a process that stores the responses of the models `names` in `out`."""
+    module = [sys.executable, "-m", "atlas_lib.evaluate.grid"]
+    return [*module, config.model_dump_json(), str(adapter), str(out), *names]
+
+
+def _generate_in_processes(
+    names: list[str], config: Any, adapter: str | Path, out: Path, gpus: int
+) -> None:
+    """Store the responses of `names` with one process a GPU, whose output is echoed."""
+
+    def run(gpu: int) -> int:
+        process = subprocess.Popen(
+            command(config, adapter, out, names[gpu::gpus]),
             env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
             cwd=bootstrap.ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for gpu in range(min(gpus, len(names)))
-    ]
-    echoes = [
-        threading.Thread(target=_echo, args=(gpu, process)) for gpu, process in enumerate(processes)
-    ]
-    for echo in echoes:
-        echo.start()
-    for echo in echoes:
-        echo.join()
-    failed = [gpu for gpu, process in enumerate(processes) if process.wait()]
-    if failed:
-        raise RuntimeError(f"The process on GPU {failed[0]} failed; its last lines say why.")
+        for line in process.stdout:
+            print(f"GPU {gpu} | {line}", end="", flush=True)
+        return process.wait()
+
+    with ThreadPoolExecutor(gpus) as pool:
+        statuses = list(pool.map(run, range(min(gpus, len(names)))))
+    if failed := [gpu for gpu, status in enumerate(statuses) if status]:
+        raise RuntimeError(f"The process on GPU {failed[0]} failed; see its last lines above.")
 
 
-def _echo(gpu: int, process: subprocess.Popen) -> None:
-    for line in process.stdout:
-        print(f"GPU {gpu} | {line}", end="", flush=True)
-
-
-def main() -> None:
-    """One process of `_spread`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parameters", type=json.loads)
-    parser.add_argument("adapter")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("models", nargs="+")
-    args = parser.parse_args()
-    config = load_config(*args.parameters.values())
-    device, prompts = devices.choose_device(config), load_prompts(config)
-    for name in args.models:
-        ask(name, config, device, args.adapter, prompts, args.out)
-
-
-def published(config: Any) -> list[dict]:
-    """Figures of others, with their sources, for this base and these prompts; [] for others."""
+def known_figures(config: Any) -> list[dict]:
+    """Published figures with their sources, if they hold for this base and all prompts; else []."""
     known = json.loads((CONFIGS / "published.json").read_text(encoding="utf-8"))
     values = flatten(config.as_dict())
     same = all(values[key] == value for key, value in known["holds_for"].items())
     return [dict(row) for row in known["rows"]] if same and not config.eval.limit else []
 
 
-def load_prompts(config: Any) -> list[dict]:
-    """The prompts that eval.prompts names, in IFEval's schema."""
-    from atlas_lib.evaluate import ifeval
+def evaluation_prompts(config: Any) -> list[dict]:
+    """The first `eval.limit` prompts of `eval.prompts`, in IFEval's schema."""
+    name = sources.locate(tiny_model.resolve(config.eval.prompts, config))
+    return ifeval_files.load_prompts(name, config.eval.prompts_revision, config.eval.limit)
 
-    wanted = config.eval
-    name = sources.locate(tiny_model.resolve(wanted.prompts, config))
-    return ifeval.load_prompts(name, wanted.prompts_revision, wanted.limit)
+
+def main() -> None:
+    """Run one process of `command`."""
+    text, adapter, out, *names = sys.argv[1:]
+    config = Config.model_validate_json(text)
+    device, prompts = devices.choose_device(config), evaluation_prompts(config)
+    for name in names:
+        generate_for(name, config, device, adapter, prompts, Path(out))
 
 
 if __name__ == "__main__":

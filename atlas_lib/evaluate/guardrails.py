@@ -1,4 +1,4 @@
-"""What fine-tuning should leave alone: MMLU, GSM8K and TruthfulQA through lm-eval."""
+"""Benchmarks that fine-tuning should not change: MMLU, GSM8K and TruthfulQA through lm-eval."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ TASKS = {
     "gsm8k": {"num_fewshot": 8, "limit": None, "metric": "exact_match,strict-match"},
     "truthfulqa_mc2": {"num_fewshot": 0, "limit": None, "metric": "acc,none"},
 }
-# The same page's figures, base and SFT: asked without a chat template, as here.
+# The same page's figures for base and SFT, measured without a chat template, as here.
 PUBLISHED = {
     "mmlu": {"base": 0.481, "SFT": 0.471},
     "gsm8k": {"base": 0.339, "SFT": 0.345},
@@ -17,36 +17,26 @@ PUBLISHED = {
 }
 
 
-def measure(
+def run_tasks(
     model: Any, tokenizer: Any, batch_size: int, tasks: dict = TASKS, folder: str | None = None
 ) -> list[dict]:
-    """One {task, n, value, stderr, num_fewshot} a task; `folder` may hold tasks of one's own."""
+    """One {task, n, value, stderr, num_fewshot} per task; `folder` may define further tasks."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    answering = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     manager = TaskManager(include_path=folder)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), 0)
     rows = []
     for task, settings in tasks.items():
-        metric, filtered = settings["metric"].split(",")
+        limits = {key: settings[key] for key in ("num_fewshot", "limit")}
         found = simple_evaluate(
-            model=answering,
-            tasks=[task],
-            num_fewshot=settings["num_fewshot"],
-            limit=settings["limit"],
-            task_manager=manager,
-            random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=1234,
-        )  # fmt: skip
-        scores = found["results"][task]
-        samples = [count["effective"] for count in found["n-samples"].values()]
-        rows.append(
-            {
-                "task": task,
-                "n": sum(samples),
-                "value": scores[f"{metric},{filtered}"],
-                "stderr": scores.get(f"{metric}_stderr,{filtered}"),
-                "num_fewshot": settings["num_fewshot"],
-            }
+            wrapped, tasks=[task], task_manager=manager, fewshot_random_seed=1234, **limits, **seeds
         )
+        metric, filtered = settings["metric"].split(",")
+        row = {"task": task, "n": sum(n["effective"] for n in found["n-samples"].values())}
+        row["value"] = found["results"][task][f"{metric},{filtered}"]
+        row["stderr"] = found["results"][task].get(f"{metric}_stderr,{filtered}")
+        rows.append(row | {"num_fewshot": settings["num_fewshot"]})
     return rows

@@ -1,6 +1,5 @@
-"""Full slots against transformers' own generation, row for row; memory; where an answer is cut."""
+"""Decoding against transformers' generate, row for row; memory; where a response is cut."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +7,13 @@ import torch
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import decoding, ifeval
+from atlas_lib.evaluate import decoding, ifeval_files
 from atlas_lib.standin import tiny_model
 
 CAP = 64
 DEVICE = devices.Device("cpu", "float32", "test")
 PROMPTS = ["Tell me about chess.", "Hi", "Write a few lines about rowing. Do not use commas.", "?"]
-# Every text a document of its own, so that this stand-in has learned to stop: some rows do, at
+# Every text is a document of its own, so that this tiny model learns to stop: some rows do, at
 # very different lengths, and others hit the cap.
 STOPPING = {"offline.texts_per_document": 1, "offline.pretrain_steps": 120}
 
@@ -32,14 +31,14 @@ def loaded(config):
 @pytest.fixture(scope="module")
 def prompts(config):
     """48 of embedded:ifeval, a third of them long."""
-    rows = ifeval.load_prompts(tiny_model.resolve("embedded:ifeval", config), None, 48)
+    rows = ifeval_files.load_prompts(tiny_model.resolve("embedded:ifeval", config), None, 48)
     texts = [row["prompt"] for row in rows]
     return [" ".join(texts[i : i + 9]) if i % 3 == 0 else texts[i] for i in range(48)]
 
 
 @pytest.fixture(scope="module")
 def adapter(config, tmp_path_factory):
-    """A LoRA adapter that changes the answers, saved: random weights in place of trained ones."""
+    """A LoRA adapter that changes the responses, saved: random weights in place of trained ones."""
     from peft import LoraConfig, get_peft_model
 
     folder = tmp_path_factory.mktemp("adapter")
@@ -59,23 +58,23 @@ def reference(loaded, prompts):
     """Answers by `models.generate`, a prompt at a time; kept, since this is slow."""
     kept = {}
 
-    def answers(form: str, answering=None) -> list[dict]:
-        if (form, answering) not in kept:
+    def responses(form: str, model=None) -> list[dict]:
+        if (form, model) not in kept:
             tokenizer = loaded[1]
-            rows = [plainly(answering or loaded[0], tokenizer, text, form) for text in prompts]
-            kept[form, answering] = rows
-        return kept[form, answering]
+            rows = [plainly(model or loaded[0], tokenizer, text, form) for text in prompts]
+            kept[form, model] = rows
+        return kept[form, model]
 
-    return answers
+    return responses
 
 
-def plainly(answering, tokenizer, prompt, form, cap=CAP) -> dict:
+def plainly(model, tokenizer, prompt, form, cap=CAP) -> dict:
     from transformers import GenerationConfig
 
     stop_ids = models.stop_ids(tokenizer)
-    ids = torch.tensor([decoding.encode(tokenizer, prompt, form)])
+    ids = torch.tensor([decoding.encode_prompt(tokenizer, prompt, form)])
     options = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[1])
-    found = answering.generate(
+    found = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=options,
@@ -85,23 +84,23 @@ def plainly(answering, tokenizer, prompt, form, cap=CAP) -> dict:
 
 
 @pytest.mark.parametrize("form", ["raw", "chat"])
-@pytest.mark.parametrize("slots", [1, 3, 7, 64])
+@pytest.mark.parametrize("slots", [1, 2, 7, 64])  # with 2, nearly every row enters a used slot
 def test_full_slots_give_the_rows_of_plain_generation(loaded, prompts, reference, form, slots):
     assert decoding.generate(*loaded, prompts, form, CAP, slots) == reference(form)
 
 
 def test_the_rows_it_is_compared_on_are_of_every_kind(loaded, prompts, reference):
-    answers, tokenizer = reference("raw"), loaded[1]
-    stops = {answer["stop"] for answer in answers}
+    responses, tokenizer = reference("raw"), loaded[1]
+    stops = {response["stop"] for response in responses}
     assert stops >= {None, "<|endoftext|>"}
-    assert len({answer["n_tokens"] for answer in answers}) > 10
-    assert len({answer["response"] for answer in answers}) > 30
-    lengths = [len(decoding.encode(tokenizer, text, "raw")) for text in prompts]
+    assert len({response["n_tokens"] for response in responses}) > 10
+    assert len({response["response"] for response in responses}) > 30
+    lengths = [len(decoding.encode_prompt(tokenizer, text, "raw")) for text in prompts]
     assert max(lengths) > 8 * min(lengths)
 
 
 @pytest.mark.parametrize("form", ["raw", "chat"])
-def test_an_adapter_answers_alike_attached_and_merged(
+def test_an_adapter_gives_the_same_responses_attached_and_merged(
     config, loaded, prompts, reference, adapter, form
 ):
     tokenizer = loaded[1]
@@ -116,7 +115,7 @@ def test_an_adapter_answers_alike_attached_and_merged(
     assert expected != reference(form)
 
 
-def test_a_model_in_4_bit_answers_alike(config, loaded, prompts, adapter):
+def test_a_model_in_4_bit_gives_the_same_responses(config, loaded, prompts, adapter):
     tokenizer = loaded[1]
     base = models.load_weights("base", config, DEVICE, in_4bit=True)
     attached = models.attach_adapter(base, adapter)
@@ -124,15 +123,13 @@ def test_a_model_in_4_bit_answers_alike(config, loaded, prompts, adapter):
     assert decoding.generate(attached, tokenizer, prompts[:12], "raw", 12, 5) == expected
 
 
-def test_the_cache_grows_and_moves_without_a_trace(loaded, prompts, reference, monkeypatch):
-    monkeypatch.setattr(decoding, "COLUMNS", 5)
+def test_the_cache_moves_without_a_trace(loaded, prompts, reference, monkeypatch):
+    """Short prompts in three slots: the columns are used up again and again."""
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", 5)
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 200)
-    assert decoding.generate(*loaded, prompts, "raw", CAP, 7) == reference("raw")
-
-
-def test_what_an_earlier_row_left_in_its_slot_is_not_seen(loaded, prompts, reference):
-    """Two slots: every row but two enters where others have been, mostly longer ones."""
-    assert decoding.generate(*loaded, prompts, "chat", CAP, 2) == reference("chat")
+    short = [i for i in range(48) if i % 3]
+    found = decoding.generate(*loaded, [prompts[i] for i in short], "raw", CAP, 3)
+    assert found == [reference("raw")[i] for i in short]
 
 
 def test_there_is_always_a_mask_and_no_query_without_a_column(loaded, prompts):
@@ -153,7 +150,7 @@ def test_there_is_always_a_mask_and_no_query_without_a_column(loaded, prompts):
 def test_attention_that_would_misread_the_mask_is_refused(loaded, monkeypatch, change):
     [(name, value)] = change.items()
     monkeypatch.setattr(loaded[0].config, name, value)
-    with pytest.raises(ValueError, match=r"Slots cannot decode (eager|sliding_attention)"):
+    with pytest.raises(ValueError, match=r"does not support (eager|sliding_attention) attention"):
         decoding.generate(*loaded, PROMPTS, "raw", 4, 2)
 
 
@@ -167,7 +164,7 @@ def test_rows_end_at_the_first_tokens(loaded, prompts, cap):
 def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
     """Made sure of: the likeliest first token of some rows is declared a stop."""
     base, tokenizer = loaded
-    encoded = [decoding.encode(tokenizer, text, "raw") for text in prompts]
+    encoded = [decoding.encode_prompt(tokenizer, text, "raw") for text in prompts]
     plain = dict(torch.inference_mode()(decoding.decode)(base, encoded, [], 6, 5))
     stop = [plain[0][0]]
     cut = dict(torch.inference_mode()(decoding.decode)(base, encoded, stop, 6, 5))
@@ -177,14 +174,14 @@ def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
         assert cut[index] == ids[:end]
 
 
-def test_answers_are_handed_over_once_as_they_finish(loaded, prompts, reference):
+def test_responses_are_handed_over_once_as_they_finish(loaded, prompts, reference):
     seen = []
-    answers = decoding.generate(
-        *loaded, prompts, "raw", CAP, 7, lambda index, answer: seen.append((index, answer))
+    responses = decoding.generate(
+        *loaded, prompts, "raw", CAP, 7, lambda index, response: seen.append((index, response))
     )
     assert sorted(index for index, _ in seen) == list(range(len(prompts)))
-    assert all(answers[index] == answer for index, answer in seen)
-    tokens = [answer["n_tokens"] for _, answer in seen]
+    assert all(responses[index] == response for index, response in seen)
+    tokens = [response["n_tokens"] for _, response in seen]
     assert tokens[0] < max(tokens)  # not in batches: short rows come before long ones
 
 
@@ -194,11 +191,6 @@ def test_a_models_own_sampling_defaults_are_not_used(loaded):
     base.generation_config.repetition_penalty = 5.0
     base.generation_config.do_sample = True
     assert decoding.generate(base, tokenizer, PROMPTS, "chat", 12, 4) == before
-
-
-def test_an_empty_prompt_is_refused(loaded):
-    with pytest.raises(ValueError, match="Prompt 1 is empty"):
-        decoding.generate(*loaded, ["Hi", ""], "raw", 4, 2)
 
 
 @pytest.fixture
@@ -221,10 +213,10 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
     loaded, prompts, reference, small_memory, capsys
 ):
     small_memory.rows, seen = 4, []
-    answers = decoding.generate(
-        *loaded, prompts, "raw", CAP, 16, lambda index, answer: seen.append(index)
+    responses = decoding.generate(
+        *loaded, prompts, "raw", CAP, 16, lambda index, response: seen.append(index)
     )
-    assert answers == reference("raw")
+    assert responses == reference("raw")
     assert sorted(seen) == list(range(len(prompts)))
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert ["with 8 slots" in said[0], "with 4 slots" in said[1], len(said)] == [True, True, 2]
@@ -232,7 +224,7 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 
 def test_one_row_too_many_for_memory_is_said(loaded, small_memory):
     small_memory.rows, small_memory.passes = 0, 40
-    with pytest.raises(ValueError, match="Memory does not hold one row"):
+    with pytest.raises(ValueError, match="Memory does not hold a single row"):
         decoding.generate(*loaded, PROMPTS, "raw", CAP, 2)
 
 
@@ -250,23 +242,16 @@ def test_slots_are_what_memory_holds(loaded, monkeypatch):
 
 def test_the_cache_takes_what_was_reckoned(loaded):
     base = loaded[0]
-    cache = decoding.SlotCache(3)
+    cache = decoding.SlotCache(3, 1000 + decoding.SPARE_COLUMNS)
     decoding._next_tokens(base, cache, 0, [[5] * 1000])
     taken = sum(t.nbytes for layer in cache.layers.values() for t in layer)
     shape = base.config
     width = shape.hidden_size // shape.num_attention_heads
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width * 4
-    assert taken == 3 * (1000 + decoding.COLUMNS) * per_token
+    assert taken == 3 * (1000 + decoding.SPARE_COLUMNS) * per_token
 
 
-def test_a_missing_vllm_is_said(loaded):
-    if importlib.util.find_spec("vllm"):
-        pytest.skip("NOT TESTED: vllm is installed")
-    with pytest.raises(ValueError, match="vllm is not installed"):
-        decoding.generate("a-folder", loaded[1], PROMPTS, "raw", 4, engine="vllm")
-
-
-def test_the_answer_is_cut_at_the_first_stop(loaded):
+def test_the_response_is_cut_at_the_first_stop(loaded):
     _, tokenizer = loaded
     end, text_end = models.stop_ids(tokenizer)
     ids = tokenizer("Yes.")["input_ids"]
@@ -277,19 +262,19 @@ def test_the_answer_is_cut_at_the_first_stop(loaded):
 
 def test_chat_prompts_end_with_the_assistants_header(loaded):
     _, tokenizer = loaded
-    text = tokenizer.decode(decoding.encode(tokenizer, "Hi", "chat"))
+    text = tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "chat"))
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(decoding.encode(tokenizer, "Hi", "raw")) == "Hi"
+    assert tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "raw")) == "Hi"
 
 
 def test_diagnostics_count_only_the_end_of_turn_as_a_stop():
     stops = ["<|im_end|>", "<|endoftext|>", None, "<|im_end|>"]
-    answers = [{"response": "a", "n_tokens": 2, "stop": stop} for stop in stops]
-    answers[0]["response"] = " "
-    found = decoding.diagnose(answers)
+    responses = [{"response": "a", "n_tokens": 2, "stop": stop} for stop in stops]
+    responses[0]["response"] = " "
+    found = decoding.diagnose(responses)
     assert found == {
         "at_cap": 0.25,
-        "stop_rate": 0.5,
+        "eos_rate": 0.5,
         "empty": 0.25,
         "mean_length": 2.0,
         "distinct": 2,
@@ -315,6 +300,6 @@ ROWS = ", ".join(f'{{"name": "n{i}", "age": {i}}}' for i in range(30))
         (f"[{ROWS}]", False),  # the same keys again and again are no loop
     ],
 )
-def test_an_answer_that_says_the_same_again_and_again_is_counted(text, loops):
-    answers = [{"response": text, "n_tokens": 1, "stop": None}]
-    assert decoding.diagnose(answers)["repetition"] == loops
+def test_a_response_that_repeats_itself_is_counted(text, loops):
+    responses = [{"response": text, "n_tokens": 1, "stop": None}]
+    assert decoding.diagnose(responses)["repetition"] == loops

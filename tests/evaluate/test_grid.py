@@ -1,4 +1,4 @@
-"""The grid: who is asked, what answers belong to, and the same answers from several processes."""
+"""The grid: its models, the origin of responses, and the same responses from several processes."""
 
 import json
 import os
@@ -16,12 +16,11 @@ from atlas_lib.train import adapters
 
 CPU = devices.Device("cpu", "float32", "test")
 SHORT = TINY | {"eval.limit": 6, "eval.max_new_tokens": 12}
-PARAMETERS = {"CONFIG": "sft_qwen05b", "OVERLAY": "offline", "SET": SHORT}
 
 
 @pytest.fixture(scope="module")
 def config():
-    return load_config(*PARAMETERS.values())
+    return load_config("sft_qwen05b", "offline", SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -40,41 +39,55 @@ def adapter(config, tmp_path_factory):
     return folder
 
 
-def ask_all(adapter, out, gpus=1):
-    prompts = grid.load_prompts(load_config(*PARAMETERS.values()))
-    return grid.ask_all(PARAMETERS, CPU, adapter, prompts, out, gpus)
+def generate_all(config, adapter, out):
+    prompts = grid.evaluation_prompts(config)
+    return grid.generate_all(config, CPU, adapter, prompts, out)
+
+
+def list_gpus(folder, monkeypatch, count):
+    """Put an nvidia-smi that lists as many GPUs first on the PATH."""
+    stub = folder / "nvidia-smi"
+    lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(count))
+    stub.write_text(f"#!{os.path.realpath('/bin/sh')}\n{lines}", "utf-8")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture(scope="module")
-def answered(adapter, tmp_path_factory):
+def generated(config, adapter, tmp_path_factory):
     """(the grid, OUT) from this process."""
     out = tmp_path_factory.mktemp("one")
-    return ask_all(adapter, out), out
+    return generate_all(config, adapter, out), out
 
 
-def test_every_model_answers_every_prompt_in_every_format(answered):
-    found, _ = answered
+def test_every_model_responds_to_every_prompt_in_every_format(generated):
+    found, _ = generated
     assert list(found) == [(n, f) for n in ("base", "SFT") for f in ("raw", "chat")]
-    assert {len(answers) for answers in found.values()} == {6}
+    assert {len(responses) for responses in found.values()} == {6}
     assert found["base", "chat"] != found["SFT", "chat"]
 
 
-def test_two_processes_give_the_same_answers(answered, adapter, tmp_path, capsys):
-    assert ask_all(adapter, tmp_path, gpus=2) == answered[0]
+def test_two_processes_give_the_same_responses(
+    config, generated, adapter, tmp_path, capsys, monkeypatch
+):
+    list_gpus(tmp_path, monkeypatch, 2)
+    assert generate_all(config, adapter, tmp_path) == generated[0]
     shown = capsys.readouterr().out
     assert "GPU 0 | base-raw" in shown
     assert "GPU 1 | SFT-raw" in shown
 
 
-def test_a_process_that_fails_is_named(tmp_path, capsys):
+def test_a_process_that_fails_is_named(config, tmp_path, monkeypatch):
+    list_gpus(tmp_path, monkeypatch, 2)
     with pytest.raises(RuntimeError, match="The process on GPU 1 failed"):
-        ask_all(tmp_path / "no adapter here", tmp_path, gpus=2)
+        generate_all(config, tmp_path / "no adapter here", tmp_path)
 
 
-def test_what_is_on_disk_needs_no_model(answered, adapter, monkeypatch):
-    found, out = answered
+def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch):
+    found, out = generated
     monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("a model was loaded"))
-    assert ask_all(adapter, out) == found
+    assert generate_all(config, adapter, out) == found
 
 
 def test_models_of_the_grid():
@@ -83,13 +96,13 @@ def test_models_of_the_grid():
 
     assert names() == ["base", "SFT", "Instruct"]
     assert names("offline") == ["base", "SFT"]
-    assert names("", {"eval.nf4_row": True}) == ["base", "SFT", grid.SFT_NF4, "Instruct"]
 
 
-def test_the_nf4_row_is_in_4_bits_and_not_merged(config, adapter):
-    merged = grid.load("SFT", config, CPU, adapter)
-    kept = grid.load(grid.SFT_NF4, config, CPU, adapter)
+def test_an_adapter_is_merged_unless_in_4_bits(config, adapter):
+    merged = grid.load_model("SFT", config, CPU, adapter)
     assert not any("lora" in name for name, _ in merged.named_parameters())
+    in_4bit = load_config("sft_qwen05b", "offline", SHORT | {"eval.load_in_4bit": True})
+    kept = grid.load_model("SFT", in_4bit, CPU, adapter)
     assert any("lora" in name for name, _ in kept.named_parameters())
     assert any(type(module).__name__ == "Linear4bit" for module in kept.modules())
 
@@ -97,34 +110,35 @@ def test_the_nf4_row_is_in_4_bits_and_not_merged(config, adapter):
 CHANGES = {
     "eval.max_new_tokens": 13,
     "eval.load_in_4bit": True,
-    "eval.engine": "vllm",
     "model.base_revision": "other",
-    "seed": 7,  # another stand-in
+    "seed": 7,  # another tiny model
 }
 
 
 @pytest.mark.parametrize("key", CHANGES)
-def test_other_settings_are_other_answers(key, config, adapter, tokenizer):
+def test_other_settings_are_other_responses(key, config, adapter, tokenizer):
     other = load_config("sft_qwen05b", "offline", SHORT | {key: CHANGES[key]})
-    keys = [grid.made_from("SFT", "chat", c, CPU, adapter, tokenizer) for c in (config, other)]
+    keys = [
+        grid.response_origin("SFT", "chat", c, CPU, adapter, tokenizer) for c in (config, other)
+    ]
     assert keys[0] != keys[1]
     json.dumps(keys)
 
 
-def test_another_adapter_template_precision_or_format_are_other_answers(
+def test_another_adapter_template_precision_or_format_are_other_responses(
     config, adapter, tokenizer, tmp_path
 ):
-    one = grid.made_from("SFT", "chat", config, CPU, adapter, tokenizer)
+    one = grid.response_origin("SFT", "chat", config, CPU, adapter, tokenizer)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"trained anew")
     half = devices.Device("cuda", "float16", "test")
     others = [
-        grid.made_from("SFT", "chat", config, CPU, tmp_path, tokenizer),
-        grid.made_from("SFT", "raw", config, CPU, adapter, tokenizer),
-        grid.made_from("SFT", "chat", config, half, adapter, tokenizer),
-        grid.made_from("base", "chat", config, CPU, adapter, tokenizer),
+        grid.response_origin("SFT", "chat", config, CPU, tmp_path, tokenizer),
+        grid.response_origin("SFT", "raw", config, CPU, adapter, tokenizer),
+        grid.response_origin("SFT", "chat", config, half, adapter, tokenizer),
+        grid.response_origin("base", "chat", config, CPU, adapter, tokenizer),
     ]
     tokenizer.chat_template += " "
-    others.append(grid.made_from("SFT", "chat", config, CPU, adapter, tokenizer))
+    others.append(grid.response_origin("SFT", "chat", config, CPU, adapter, tokenizer))
     assert all(other != one for other in others)
 
 
@@ -132,12 +146,12 @@ def test_another_adapter_template_precision_or_format_are_other_answers(
 
 
 def test_published_figures_stand_beside_the_full_run_only():
-    rows = grid.published(load_config("sft_qwen05b"))
+    rows = grid.known_figures(load_config("sft_qwen05b"))
     values = {(r["model"], r["format"]): r["value"] for r in rows if r["should_agree"]}
     assert values == {("base", "raw"): 0.1238, ("Instruct", "raw"): 0.1885}
     assert all(row["source"] for row in rows)
-    assert grid.published(load_config("sft_qwen05b", "offline")) == []
-    assert grid.published(load_config("sft_qwen05b", "", {"eval.limit": 40})) == []
+    assert grid.known_figures(load_config("sft_qwen05b", "offline")) == []
+    assert grid.known_figures(load_config("sft_qwen05b", "", {"eval.limit": 40})) == []
 
 
 # --- GPUs -----------------------------------------------------------------------------------------
@@ -150,11 +164,8 @@ def test_published_figures_stand_beside_the_full_run_only():
 def test_the_users_choice_of_gpus_stands(visible, listed, count, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        list_gpus(tmp_path, monkeypatch, listed)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    if listed is not None:
-        stub = tmp_path / "nvidia-smi"
-        lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(listed))
-        stub.write_text(f"#!{os.path.realpath('/bin/sh')}\n{lines}", "utf-8")
-        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
     assert devices.gpu_count() == count

@@ -1,4 +1,4 @@
-"""The guardrails' way through lm-eval, on a task small enough to be worked out another way."""
+"""The guardrail tasks through lm-eval, on a task small enough to be scored independently."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_a_task_is_measured_as_by_hand(tasks, tiny_config):
     base = models.load_weights("base", tiny_config, CPU, in_4bit=False)
     tokenizer = models.load_tokenizer(tiny_config)
     settings = {"after": {"num_fewshot": 0, "limit": 10, "metric": "acc,none"}}
-    [row] = guardrails.measure(base, tokenizer, 4, settings, tasks)
+    [row] = guardrails.run_tasks(base, tokenizer, 4, settings, tasks)
     assert (row["task"], row["n"], row["num_fewshot"]) == ("after", 10, 0)
     assert row["value"] == pytest.approx(by_hand(base, tokenizer, QUESTIONS[:10]))
     assert row["stderr"] >= 0

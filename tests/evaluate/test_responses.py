@@ -1,4 +1,4 @@
-"""Answers on disk: resumed after kill -9, never asked twice, never mixed, never half read."""
+"""Stored responses: resumed after kill -9, never generated twice, never mixed or half read."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from atlas_lib.evaluate import decoding, responses
 MADE_FROM = {"model": "embedded:base", "max_new_tokens": 24, "stop_ids": [0, 2]}
 PROMPTS = [{"key": 10 + i, "prompt": f"Say {i}."} for i in range(5)]
 
-# What a killed process runs: the stand-in answers for real, and says what it has handed over.
+# What a killed process runs: the tiny model generates, and a log notes what has been handed over.
 CHILD = """
 import json, sys
 from pathlib import Path
@@ -28,35 +28,37 @@ folder, log, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv
 config = load_config("sft_qwen05b", "offline", options["set"])
 log = log.open("ab", buffering=0)
 
-def ask(rows, on_answer):
+def generate_missing(rows, on_response):
     base = models.load_weights("base", config, devices.Device("cpu", "float32", "test"), False)
-    def note(position, answer):
-        on_answer(position, answer)
+    def note(position, response):
+        on_response(position, response)
         log.write(b"%d\\n" % rows[position]["key"])
     texts = [row["prompt"] for row in rows]
     tokenizer = models.load_tokenizer(config)
     decoding.generate(base, tokenizer, texts, "chat", options["cap"], 8, note)
 
-responses.collect(folder, "base-chat", options["made_from"], options["prompts"], ask)
+responses.collect_responses(
+    folder, "base-chat", options["made_from"], options["prompts"], generate_missing
+)
 """
 
 
-def answer(text: str) -> dict:
+def response(text: str) -> dict:
     return {"response": text, "n_tokens": len(text), "stop": None}
 
 
-def shouting(rows, on_answer):
-    """Stands for a model: the prompt in capitals, the last first."""
+def shouting(rows, on_response):
+    """In place of a model: the prompt in capitals, the last one first."""
     for position in reversed(range(len(rows))):
-        on_answer(position, answer(rows[position]["prompt"].upper()))
+        on_response(position, response(rows[position]["prompt"].upper()))
 
 
-def refuse(rows, on_answer):
+def refuse(rows, on_response):
     raise AssertionError("the model must not be loaded")
 
 
 def collect(folder, generate_missing=shouting, made_from=MADE_FROM, prompts=PROMPTS):
-    return responses.collect(folder, "base-chat", made_from, prompts, generate_missing)
+    return responses.collect_responses(folder, "base-chat", made_from, prompts, generate_missing)
 
 
 def written(folder: Path) -> Path:
@@ -64,8 +66,8 @@ def written(folder: Path) -> Path:
     return path
 
 
-def test_answers_come_in_the_prompts_order_and_say_what_they_are_made_from(tmp_path):
-    expected = [answer(p["prompt"].upper()) for p in PROMPTS]
+def test_responses_come_in_the_prompts_order_with_their_origin_first(tmp_path):
+    expected = [response(p["prompt"].upper()) for p in PROMPTS]
     assert collect(tmp_path) == expected
     first, *rows = map(json.loads, written(tmp_path).read_bytes().splitlines())
     assert first["made_from"].items() >= MADE_FROM.items()
@@ -83,18 +85,18 @@ def test_a_finished_file_needs_no_model_and_no_right_to_write(tmp_path):
 
 
 def test_only_what_is_missing_is_asked(tmp_path):
-    def two(rows, on_answer):
+    def two(rows, on_response):
         for position in (3, 1):
-            on_answer(position, answer("kept"))
+            on_response(position, response("kept"))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         collect(tmp_path, two)
     asked = []
 
-    def rest(rows, on_answer):
+    def rest(rows, on_response):
         asked.extend(row["key"] for row in rows)
-        shouting(rows, on_answer)
+        shouting(rows, on_response)
 
     found = collect(tmp_path, rest)
     assert asked == [10, 12, 14]
@@ -103,17 +105,12 @@ def test_only_what_is_missing_is_asked(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "embedded:base@2"}, {"max_new_tokens": 25}, {"merged": True}, {"stop_ids": [2]}],
+    [{"model": "embedded:base@2"}, {"max_new_tokens": 25}, {"merged": True}, {"stop_ids": [2]}, {}],
 )
-def test_another_origin_starts_another_file(tmp_path, change):
+def test_another_origin_or_other_prompts_start_another_file(tmp_path, change):
     collect(tmp_path)
-    collect(tmp_path, made_from=MADE_FROM | change)
-    assert len(list(tmp_path.glob("*.jsonl"))) == 2
-
-
-def test_other_prompts_start_another_file(tmp_path):
-    collect(tmp_path)
-    collect(tmp_path, prompts=[PROMPTS[0] | {"prompt": "Say nothing."}, *PROMPTS[1:]])
+    prompts = PROMPTS if change else [PROMPTS[0] | {"prompt": "Say nothing."}, *PROMPTS[1:]]
+    collect(tmp_path, made_from=MADE_FROM | change, prompts=prompts)
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
@@ -150,42 +147,41 @@ def test_a_foreign_first_line_is_refused(tmp_path):
         collect(tmp_path, refuse)
 
 
-def test_a_prompt_answered_twice_in_the_file_is_refused(tmp_path):
+def test_a_second_response_to_a_prompt_is_refused(tmp_path):
     collect(tmp_path)
     path = written(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines, lines[1]]))
-    with pytest.raises(ValueError, match="line 7 is a second answer"):
+    with pytest.raises(ValueError, match="line 7 is damaged or repeats a response"):
         collect(tmp_path, refuse)
 
 
-def test_a_prompt_answered_twice_in_a_run_is_refused(tmp_path):
-    def twice(rows, on_answer):
-        on_answer(0, answer("a"))
-        on_answer(0, answer("b"))
+@pytest.mark.parametrize(
+    ("positions", "error"),
+    [((0, 0), "line 3 is damaged or repeats a response"), ((0,), "4 prompts have no response")],
+)
+def test_a_generator_that_repeats_or_skips_a_prompt_is_refused(tmp_path, positions, error):
+    def some(rows, on_response):
+        for position in positions:
+            on_response(position, response("a"))
 
-    with pytest.raises(ValueError, match="Prompt 0 was answered twice"):
-        collect(tmp_path, twice)
-
-
-def test_a_prompt_without_an_answer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="4 prompts got no answer"):
-        collect(tmp_path, lambda rows, on_answer: on_answer(0, answer("a")))
+    with pytest.raises(ValueError, match=error):
+        collect(tmp_path, some)
 
 
 def test_a_second_writer_is_refused_and_harms_nothing(tmp_path):
-    def meanwhile(rows, on_answer):
-        on_answer(0, answer("a"))
+    def meanwhile(rows, on_response):
+        on_response(0, response("a"))
         with pytest.raises(ValueError, match="being written by another process"):
             collect(tmp_path, refuse)
-        shouting(rows[1:], lambda position, found: on_answer(position + 1, found))
+        shouting(rows[1:], lambda position, found: on_response(position + 1, found))
 
     assert collect(tmp_path, meanwhile) == collect(tmp_path, refuse)
 
 
 @pytest.fixture(scope="module")
 def asked(tiny_config):
-    """Prompts for the child, and the answers of a run that nobody interrupts."""
+    """Prompts for the child, and the responses of a run that nobody interrupts."""
     prompts = [{"key": 100 + i, "prompt": "Write about chess. " * (i % 7 + 1)} for i in range(40)]
     base = models.load_weights("base", tiny_config, devices.Device("cpu", "float32", "test"), False)
     texts = [p["prompt"] for p in prompts]
@@ -193,7 +189,7 @@ def asked(tiny_config):
     return prompts, decoding.generate(base, tokenizer, texts, "chat", 160, 8)
 
 
-def test_killed_again_and_again_it_gives_the_answers_of_one_run(tmp_path, asked):
+def test_killed_again_and_again_it_gives_the_responses_of_one_run(tmp_path, asked):
     from tiny import TINY
 
     prompts, expected = asked
@@ -211,8 +207,8 @@ def test_killed_again_and_again_it_gives_the_answers_of_one_run(tmp_path, asked)
         killed += child.wait() == -signal.SIGKILL
     assert killed >= 2
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert responses.collect(tmp_path, "base-chat", MADE_FROM, prompts, refuse) == expected
+    assert collect(tmp_path, refuse, prompts=prompts) == expected
     handed_over = [int(key) for key in log.read_text().split()]
-    # Noted after it was kept: a kill in between leaves an answer kept but not noted, never the
+    # Noted after it was kept: a kill in between leaves a response kept but not noted, never the
     # other way round, and nothing is handed over by two processes.
     assert len(set(handed_over)) == len(handed_over) >= len(prompts) - killed

