@@ -66,6 +66,8 @@ def content(name: str, config: Config) -> dict[str, Any]:
     if path is None:
         return {}
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if any(file.name in ("config.json", "adapter_config.json") for file in files):
+        files = [file for file in files if file.suffix != ".md"]  # a model card decides nothing
     found = hashlib.sha256()
     for file in files:
         found.update(f"{file.relative_to(path)} {sha256(file)}\n".encode())

@@ -39,7 +39,7 @@ OUT = ""
 SET = {}
 
 # %% [markdown]
-# The next cell finds the library, the one after it prints what this run is made of.
+# The next two cells find the library and show what identifies this run.
 
 # %% tags=["bootstrap"]
 import importlib.util
@@ -48,33 +48,29 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
+places = [Path.cwd(), *Path.cwd().parents]
+places += [folder.parent for folder in Path("/kaggle/input").rglob("atlas_lib")]
+sys.path += [str(place) for place in places if (place / "atlas_lib" / "bootstrap.py").is_file()]
 if importlib.util.find_spec("atlas_lib") is None:
-    places = [Path.cwd(), *Path.cwd().parents]
-    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if not homes and subprocess.run(pip).returncode:
+    if subprocess.run(pip).returncode:
         raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
-    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
 
-# %%
+# %% tags=["setup"]
 import math
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, devices, models, notebooks, session
-from atlas_lib.config import load_config
+from atlas_lib import artifacts, devices, models, notebooks, session, sources
 from atlas_lib.evaluate import grid, guardrails, ifeval, significance, tables
 
-config = load_config(CONFIG, OVERLAY, SET)
-out = session.output_folder(OUT, CONFIG, OVERLAY)
-session.start(config, out)
+config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
 print(f"{device.name}, {device.dtype}: {device.reason}")
-headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
+headline = notebooks.headline()
 
 # %% [markdown]
 # ## The smallest example: a pass and a failure
@@ -233,8 +229,6 @@ tables.comparison_table(compared)
 # %%
 import matplotlib.pyplot as plt
 
-from atlas_lib import figures
-
 figure, axes = plt.subplots(figsize=(7, 0.8 + 0.35 * len(compared)), layout="constrained")
 for position, row in enumerate(reversed(compared)):
     color = "#c44e52" if row is primary else "#4c72b0"
@@ -245,7 +239,7 @@ axes.set_yticks(range(len(compared)), [row["comparison"] for row in reversed(com
 axes.set(xlabel="difference in points, 95 % interval", ylim=(-0.6, len(compared) - 0.4))
 axes.set_title(f"{primary['comparison']}: {primary['verdict']}")
 points = [f"{row['comparison']} {tables.in_points(row)}" for row in compared]
-figures.show(figure, f"Differences with intervals: {'; '.join(points)}.", config.label)
+notebooks.show_figure(figure, f"Differences with intervals: {'; '.join(points)}.", config.label)
 
 # %% [markdown]
 # If an interval includes zero, the direction of the difference is undecided. The primary comparison
@@ -259,7 +253,7 @@ figures.show(figure, f"Differences with intervals: {'; '.join(points)}.", config
 
 # %%
 prompt_format = primary["b"][1]
-taught = set(config.offline.taught if config.data.dataset.startswith("embedded:") else [])
+taught = sources.taught_types(config)
 by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == prompt_format}
 shares = pd.DataFrame(by_type).map(lambda counts: counts[0] / counts[1])
 shares = shares.rename(lambda kind: f"{'• ' if kind in taught else ''}{kind}").sort_values("SFT")
@@ -269,7 +263,7 @@ axes = shares.plot.barh(figsize=(8, 7), width=0.8, color=colors[: len(by_type)])
 axes.set(xlabel=f"share followed ({prompt_format}, strict)", ylabel="")
 finding = f"SFT follows {gained} of {len(shares)} instruction types more often than base"
 axes.set_title(finding)
-figures.show(axes.figure, f"Share followed, by type and model. {finding}.", config.label)
+notebooks.show_figure(axes.figure, f"Share followed, by type and model. {finding}.", config.label)
 
 # %% [markdown]
 # A type near zero for every model is one that the fine-tuning data does not contain; it still
@@ -331,10 +325,10 @@ print(f"prompts needed to detect this effect with {seen['power']:.0%} power: {ne
 # `metrics.json` holds one object per model and format, each with the origin of its run.
 
 # %%
-origin = {"config_digest": config.digest(), "commit": session.commit(), "data": config.eval.prompts}
-origin |= {"hardware": devices.hardware(), "label": config.label}
+origin = {"digest": artifacts.config_digest(config), "commit": session.commit()}
+origin |= {"data": config.eval.prompts, "hardware": devices.hardware(), "label": config.label}
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
-results |= {"sensitivity": seen, "guardrails": guarded, "published": published, **origin}
+results |= {"sensitivity": seen, "guardrails": guarded, "published": published, "origin": origin}
 
 with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
     for (name, prompt_format), given in responses.items():

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -11,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lib import artifacts, bootstrap, devices, models, sources
-from atlas_lib.config import CONFIGS, Config, flatten
+from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.devices import Device
 from atlas_lib.evaluate import decoding, ifeval_files, responses
-from atlas_lib.standin import tiny_model
+from atlas_lib.schema import Config
 
 ROLES = {"base": "base", "SFT": "base", "Instruct": "instruct"}  # the key of model: with weights
 STORE = "responses"  # the folder of OUT in which responses are kept as they finish
 
 
-def model_names(config: Any) -> list[str]:
+def model_names(config: Config) -> list[str]:
     """The models to evaluate, in order."""
     return [name for name, role in ROLES.items() if getattr(config.model, role)]
 
 
-def load_model(name: str, config: Any, device: Device, adapter: str | Path) -> Any:
+def load_model(name: str, config: Config, device: Device, adapter: str | Path) -> Any:
     """A model of the grid, all in one precision; the adapter is merged unless in 4 bits."""
     in_4bit = config.eval.load_in_4bit
     weights = models.load_weights(ROLES[name], config, device, in_4bit)
@@ -36,12 +35,17 @@ def load_model(name: str, config: Any, device: Device, adapter: str | Path) -> A
 
 
 def response_origin(
-    name: str, prompt_format: str, config: Any, device: Device, adapter: str | Path, tokenizer: Any
+    name: str,
+    prompt_format: str,
+    config: Config,
+    device: Device,
+    adapter: str | Path,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     """Everything that decides a model's responses; another value starts another file."""
     role, model = ROLES[name], config.model
     weights = _content(getattr(model, role), getattr(model, f"{role}_revision"), config)
-    adapted = _content(adapter, model.adapter_revision, config) if name == "SFT" else None
+    adapted = _content(str(adapter), model.adapter_revision, config) if name == "SFT" else None
     return {
         "weights": weights,
         "adapter": adapted,
@@ -54,16 +58,13 @@ def response_origin(
     }
 
 
-def _content(name: str | Path, revision: str | None, config: Any) -> list:
-    """What a configured name stands for: a digest of its content, or a hub id and revision."""
-    if str(name).startswith(tiny_model.PREFIX):
-        return [name, revision, tiny_model.digest(config)]
-    weights = Path(sources.locate(str(name))) / "adapter_model.safetensors"
-    return [artifacts.sha256(weights)] if weights.is_file() else [str(name), revision]
+def _content(name: str, revision: str | None, config: Config) -> dict[str, Any]:
+    """What decides a model: the content of a local folder, or a hub id and its revision."""
+    return sources.content(name, config) or {"hub": [name, revision]}
 
 
 def generate_all(
-    config: Any, device: Device, adapter: str | Path, prompts: list[dict], out: Path
+    config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
     """{(model, format): responses} of the whole grid; with several GPUs, one process a GPU.
 
@@ -78,7 +79,7 @@ def generate_all(
 
 
 def generate_for(
-    name: str, config: Any, device: Device, adapter: str | Path, prompts: list[dict], out: Path
+    name: str, config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
     """{(name, format): responses}; only those that are not on disk yet are generated."""
     tokenizer = models.load_tokenizer(config)
@@ -101,14 +102,14 @@ def generate_for(
     }
 
 
-def command(config: Any, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
+def command(config: Config, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
     """The command of a process that stores the responses of the models `names` in `out`."""
     module = [sys.executable, "-m", "atlas_lib.evaluate.grid"]
-    return [*module, config.model_dump_json(), str(adapter), str(out), *names]
+    return [*module, config.model_dump_json(exclude_unset=True), str(adapter), str(out), *names]
 
 
 def _generate_in_processes(
-    names: list[str], config: Any, adapter: str | Path, out: Path, gpus: int
+    names: list[str], config: Config, adapter: str | Path, out: Path, gpus: int
 ) -> None:
     """Store the responses of `names` with one process a GPU, whose output is echoed."""
 
@@ -131,18 +132,18 @@ def _generate_in_processes(
         raise RuntimeError(f"The process on GPU {failed[0]} failed; see its last lines above.")
 
 
-def known_figures(config: Any) -> list[dict]:
+def known_figures(config: Config) -> list[dict]:
     """Published figures with their sources, if they hold for this base and all prompts; else []."""
-    known = json.loads((CONFIGS / "published.json").read_text(encoding="utf-8"))
-    values = flatten(config.as_dict())
+    known, values = artifacts.read_json(CONFIGS / "published.json"), config.flat()
     same = all(values[key] == value for key, value in known["holds_for"].items())
     return [dict(row) for row in known["rows"]] if same and not config.eval.limit else []
 
 
-def evaluation_prompts(config: Any) -> list[dict]:
+def evaluation_prompts(config: Config) -> list[dict]:
     """The first `eval.limit` prompts of `eval.prompts`, in IFEval's schema."""
-    name = sources.locate(tiny_model.resolve(config.eval.prompts, config))
-    return ifeval_files.load_prompts(name, config.eval.prompts_revision, config.eval.limit)
+    wanted = config.eval
+    name, revision = sources.fetch(wanted.prompts, wanted.prompts_revision, config, "dataset")
+    return ifeval_files.load_prompts(name, revision, wanted.limit)
 
 
 def main() -> None:

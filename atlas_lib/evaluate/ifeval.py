@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, sources
 from atlas_lib.evaluate import decoding, ifeval_files, significance, tables
 from atlas_lib.evaluate.checkers import MODES, ensure_punkt, followed
 
@@ -79,7 +79,7 @@ def _score_command(args: argparse.Namespace) -> None:
     summary = summarise(verdicts)
     local = Path(args.prompts).exists()
     summary["prompts"] = Path(args.prompts).name if local else f"{args.prompts} {args.revision}"
-    summary["responses"] = f"{args.responses.name} sha256 {artifacts.sha256(args.responses)}"
+    summary["responses"] = f"{args.responses.name} sha256 {sources.sha256(args.responses)}"
     if args.out:
         # Deleted first and written last: a summary always belongs to the verdicts beside it.
         (args.out / "summary.json").unlink(missing_ok=True)

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from transformers.integrations import sdpa_attention
 from trl.kernels import chunked_logprob
