@@ -7,7 +7,8 @@ import argparse
 import dataclasses
 import difflib
 import re
-from typing import Any, get_type_hints
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ValidationError, create_model
@@ -16,6 +17,7 @@ from atlas_lib import artifacts
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.schema import Config, Section, Train, flatten
 
+S = TypeVar("S", bound=Section)
 MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
 
 
@@ -26,21 +28,15 @@ def load_config(name: str, overlay: str = "", overrides: dict | str | None = Non
         _merge(merged, layer)
     if flatten(merged).get("train.hub_token"):
         raise ValueError("train.hub_token would leave a secret in files; set HF_TOKEN instead.")
-    try:
-        if isinstance(merged.get("train"), dict):
-            merged["train"] |= _check_other_arguments(merged["train"])
-        config = Config.model_validate(merged)
-    except ValidationError as error:
-        raise ValueError(first_problem(error)) from None
+    if isinstance(merged.get("train"), dict):
+        merged["train"] |= _check_other_arguments(merged["train"])
+    config = validate(Config, merged)
     config.parameters.update(CONFIG=name, OVERLAY=overlay, SET=given)
     return config
 
 
 def _check_other_arguments(train: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `train` that the schema does not name, as SFTConfig types them; imports trl.
-
-    Raises ValidationError.
-    """
+    """The keys of `train` that the schema does not name, as SFTConfig types them; imports trl."""
     others = {key: value for key, value in train.items() if key not in Train.model_fields}
     if not others:
         return {}
@@ -50,7 +46,37 @@ def _check_other_arguments(train: dict[str, Any]) -> dict[str, Any]:
     kinds = {field.name: (hints[field.name], None) for field in fields}
     arguments = create_model("Arguments", __base__=Section, **kinds)
     layer = create_model("Layer", __base__=Section, train=(arguments, ...))
-    return layer.model_validate({"train": others}).train.model_dump(exclude_unset=True)
+    return validate(layer, {"train": others}).train.model_dump(exclude_unset=True)
+
+
+def validate(schema: type[S], values: dict, missing: str = MISSING_KEY) -> S:
+    """An instance of a schema. Raises ValueError that names the first wrong key and its value."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    # Without the member of a union that pydantic appends; a list's index stays.
+    parts = [p for p in problem["loc"] if isinstance(p, int) or re.fullmatch(r"[a-z_0-9]+", p)]
+    key, value = ".".join(map(str, parts)), problem["input"]
+    expected = problem["msg"].replace("Input should", "it should").removeprefix("Value error, ")
+    sentence = f"{key} is {value!r} ({type(value).__name__}); {expected}."
+    if problem["type"] == "extra_forbidden":
+        nearest = _nearest_key(key, list(_known_keys(schema)))
+        sentence = f"Unknown key {key!r}; the nearest known one is {nearest!r}."
+    raise ValueError(missing.format(key=key) if problem["type"] == "missing" else sentence)
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    near = difflib.get_close_matches(key, siblings, n=1)
+    return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+
+
+def _known_keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
 
 
 def overlay_layer(overlay: str, overrides: dict[str, Any]) -> dict:
@@ -101,9 +127,8 @@ def parse_overrides(overrides: dict | str | None) -> dict[str, Any]:
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """["train.max_steps=10"] -> {"train.max_steps": 10}; values are YAML."""
-    for text in assignments:
-        if "=" not in text:
-            raise ValueError(f"--set {text!r} is not KEY=VALUE.")
+    if wrong := [text for text in assignments if "=" not in text]:
+        raise ValueError(f"--set {wrong[0]!r} is not KEY=VALUE.")
     pairs = [text.partition("=") for text in assignments]
     return {key: parse_yaml(value, f"--set {key}={value}") for key, _, value in pairs}
 
@@ -114,46 +139,6 @@ def _merge(below: dict, above: dict) -> None:
             _merge(below[key], value)
         else:
             below[key] = value
-
-
-def first_problem(
-    error: ValidationError, schema: type[Section] = Config, missing: str = MISSING_KEY
-) -> str:
-    """The first problem as one sentence that names key, value and what was expected."""
-    problem = error.errors()[0]
-    # Without the member of a union that pydantic appends; a list's index stays.
-    parts = [p for p in problem["loc"] if isinstance(p, int) or re.fullmatch(r"[a-z_0-9]+", p)]
-    key = ".".join(map(str, parts))
-    if problem["type"] == "extra_forbidden":
-        return f"Unknown key {key!r}; the nearest known one is {_nearest_key(key, schema)!r}."
-    if problem["type"] == "missing":
-        return missing.format(key=key)
-    value = problem["input"]
-    expected = problem["msg"].replace("Input should", "it should").removeprefix("Value error, ")
-    return f"{key} is {value!r} ({type(value).__name__}); {expected}."
-
-
-def _nearest_key(key: str, schema: type[Section]) -> str:
-    known = _known_keys(schema)
-    parent = key.rpartition(".")[0]
-    siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, siblings, n=1)
-    return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
-
-
-def _known_keys(schema: type[Section], prefix: str = "") -> list[str]:
-    names = set(schema.model_fields)
-    if schema is Train:
-        from trl import SFTConfig
-
-        names |= {field.name for field in dataclasses.fields(SFTConfig)}
-    keys = []
-    for name in sorted(names):
-        kind = schema.model_fields[name].annotation if name in schema.model_fields else None
-        options = (kind, *getattr(kind, "__args__", ()))
-        nested = next((k for k in options if isinstance(k, type) and issubclass(k, Section)), None)
-        keys += [f"{prefix}{name}", *(_known_keys(nested, f"{prefix}{name}.") if nested else [])]
-    return keys
 
 
 def parse_command(description: str, positional: str, **options: Any) -> argparse.Namespace:
