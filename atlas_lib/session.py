@@ -1,4 +1,4 @@
-"""The session: its platform, OUT, secrets, deadline, and the provenance of what it makes."""
+"""The session: OUT, secrets, and the provenance of what is made in it."""
 
 import contextlib
 import importlib.metadata
@@ -6,26 +6,16 @@ import json
 import os
 import platform
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 from atlas_lib import devices
-from atlas_lib.bootstrap import ROOT, platform_name
-from atlas_lib.schema import Config
+from atlas_lib.bootstrap import ROOT, installed, platform_name
 
 NESTED = "ATLAS_NESTED"  # set in a notebook that another process runs: Colab would not answer it
 KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # elsewhere only in tests
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "accelerate",
-    "lm_eval",
-)
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+PACKAGES += ("lm_eval",)  # their versions decide a result
 
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
@@ -69,11 +59,8 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    found = {package: installed(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | {p: v for p, v in found.items() if v}
 
 
 def image() -> str:
@@ -92,27 +79,6 @@ def provenance() -> dict[str, Any]:
         "hardware": devices.hardware(),
         "gpus": devices.gpu_count(),
     }
-
-
-def session_deadline(config: Config) -> float | None:
-    """Unix time by which work has to be saved, ten minutes before the session ends; None: never.
-
-    A hosted session starts with its first process, any other with this one. Prints the deadline.
-    """
-    hours = config.run.session_hours or (12 if platform_name() == "kaggle" else None)
-    if hours is None:
-        return None
-    import psutil
-
-    begun = [psutil.Process().create_time()]
-    with contextlib.suppress(psutil.Error):
-        begun += [psutil.Process(1).create_time()] if platform_name() != "local" else []
-    length = hours * 3600 - 600
-    # A first process older than a session can be cannot be the session's own.
-    deadline = next((t + length for t in reversed(begun) if t + length > time.time()), None)
-    deadline = deadline or begun[0] + length
-    print(f"Work is saved by {time.ctime(deadline)} (run.session_hours: {hours:g}).")
-    return deadline
 
 
 def secret(name: str) -> str | None:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 from transformers import TrainerCallback
 
-from atlas_lib import artifacts, bootstrap, progress, session, stages
+from atlas_lib import artifacts, bootstrap, progress, stages
 from atlas_lib.devices import Device
 from atlas_lib.schema import Config
 
@@ -75,7 +76,7 @@ class Checkpoints(TrainerCallback):
         self.home = out / "checkpoints"
         self.folder = self.home / artifacts.digest(self.made_from)
         self.interval = config.run.checkpoint_minutes * 60
-        self.deadline = session.session_deadline(config)
+        self.deadline = session_deadline(config)
         self.reason: str | None = None  # why the training has to stop early
         self.resumed_after, self.seconds_before, self.resume_from = self._newest()
 
@@ -147,3 +148,22 @@ class Checkpoints(TrainerCallback):
     def remove(self) -> None:
         """Delete all checkpoints in OUT, once the finished stage has replaced them."""
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def session_deadline(config: Config) -> float | None:
+    """Unix time by which work has to be saved, ten minutes before the session ends; None: never.
+
+    A hosted session starts with its first process, any other with this one. Prints the deadline.
+    """
+    hours = config.run.session_hours or (12 if bootstrap.platform_name() == "kaggle" else None)
+    if hours is None:
+        return None
+    begun = [psutil.Process().create_time()]
+    with contextlib.suppress(psutil.Error):
+        begun += [psutil.Process(1).create_time()] if bootstrap.platform_name() != "local" else []
+    length = hours * 3600 - 600
+    # A first process older than a session can be cannot be the session's own.
+    deadline = next((t + length for t in reversed(begun) if t + length > time.time()), None)
+    deadline = deadline or begun[0] + length
+    print(f"Work is saved by {time.ctime(deadline)} (run.session_hours: {hours:g}).")
+    return deadline
