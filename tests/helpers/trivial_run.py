@@ -45,7 +45,9 @@ def kill_notebook(out: Path) -> None:
     """Execute a notebook that kills its own process, as happens when the memory is full."""
     notebooks.FOLDER = out
     cell = nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), out / "deadly.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
+    nbformat.write(notebook, out / "deadly.ipynb")
     try:
         notebooks.execute("deadly", out, {})
     except RuntimeError as error:
