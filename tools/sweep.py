@@ -46,13 +46,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command, purpose in (
-        (run, "start or resume a sweep, evaluate the winner on the test prompts, write the report"),
-        (work, "be one worker of an existing study"),
-        (status, "print how far a study is"),
-        (report, "write the report of what is finished"),
+    for name, command, purpose in (
+        ("run", run, "start or resume a sweep, evaluate the winner, write the report"),
+        ("work", work, "be one worker of an existing study"),
+        ("status", print_status, "print how far a study is"),
+        ("report", write_report, "write the report of what is finished"),
     ):
-        sub = commands.add_parser(command.__name__, help=purpose, allow_abbrev=False)
+        sub = commands.add_parser(name, help=purpose, allow_abbrev=False)
         sub.set_defaults(command=command)
         if command is run:
             sub.add_argument("sweep", metavar="SWEEP", help=", ".join(definition.sweep_names()))
@@ -68,7 +68,7 @@ def home_of(args: argparse.Namespace) -> Path:
     return (args.home or HOME / args.study).resolve()
 
 
-def join(args: argparse.Namespace) -> OpenStudy:
+def open_study(args: argparse.Namespace) -> OpenStudy:
     home = home_of(args)
     if not args.storage and not any((home / name).exists() for name in ("study.db", "journal.log")):
         raise ValueError(f"{home} has no study.db; start it with `run`, or give --storage.")
@@ -76,7 +76,7 @@ def join(args: argparse.Namespace) -> OpenStudy:
 
 
 def work(args: argparse.Namespace) -> None:
-    sweep_worker.work(join(args))
+    sweep_worker.run_worker(open_study(args))
 
 
 # --- run ------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         raise RuntimeError(f"{failed} workers failed, their last lines say why; {RESUME}")
     if "04_ifeval_eval" in sweep.stages:
         evaluate_once(opened)
-    report(args)
+    write_report(args)
 
 
 def supervise(args: argparse.Namespace, workers: int) -> int:
@@ -142,9 +142,9 @@ def evaluate_once(opened: OpenStudy) -> None:
 # --- status and report ----------------------------------------------------------------------------
 
 
-def status(args: argparse.Namespace) -> None:
+def print_status(args: argparse.Namespace) -> None:
     """Print the counts of trials by state, and each that is complete or failed."""
-    exported = export(join(args))
+    exported = export(open_study(args))
     metric, rows = exported["sweep"]["objective"]["metric"], exported["trials"]
     states = [row["state"].lower() for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -160,9 +160,9 @@ def status(args: argparse.Namespace) -> None:
     print(f"{exported['device_hours']:.2f} device hours")
 
 
-def report(args: argparse.Namespace) -> None:
+def write_report(args: argparse.Namespace) -> None:
     """Export the study to a file and execute notebook 05 on it."""
-    opened = join(args)
+    opened = open_study(args)
     sweep, home = opened.sweep, opened.home
     sweep_study.winner(opened)  # or there is nothing to report
     export(opened)

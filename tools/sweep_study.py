@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import optuna
@@ -115,45 +115,44 @@ def create(name: str, sweep: Sweep, storage: Storage, home: Path) -> OpenStudy:
     study = optuna.create_study(
         study_name=name, storage=storage, direction=direction, load_if_exists=True
     )
-    given, there = sweep.model_dump(mode="json"), study.user_attrs.get("sweep")
-    if there is None:
-        study.set_user_attr("digest", config_digest(sweep))
-        study.set_user_attr("sweep", given)
-    opened = join(name, storage, home)
-    there = opened.sweep.model_dump(mode="json")
-    for key in sorted(given.keys() - {"budget", "workers"}):
-        if given[key] != there[key]:
-            raise ValueError(
-                f"Study {name!r} was made with another {key} ({json.dumps(there[key])}); "
-                "choose another --study, or delete its folder."
-            )
-    study.set_user_attr("sweep", given)  # a larger budget continues the same sweep
-    return opened._replace(sweep=sweep)
+    if not study.user_attrs:
+        study.set_user_attr("made_from", sweep_made_from(sweep))
+    check_same(study, sweep)
+    study.set_user_attr("sweep", sweep.model_dump(mode="json"))  # a larger budget continues it
+    return OpenStudy(study, sweep, storage, home)
 
 
 def join(name: str, storage: Storage, home: Path) -> OpenStudy:
-    """An existing study. Raises ValueError if it is missing or of another configuration."""
+    """An existing study. Raises ValueError if it is missing or resolves differently here."""
     try:
         study = optuna.load_study(study_name=name, storage=storage)
         given = study.user_attrs["sweep"]
     except KeyError:
-        known = ", ".join(sorted(s.study_name for s in optuna.get_all_study_summaries(storage)))
+        names = ", ".join(sorted(optuna.get_all_study_names(storage)))
         raise ValueError(
-            f"No study {name!r} in this storage; there are: {known or 'none'}."
+            f"No study {name!r} in this storage; there are: {names or 'none'}."
         ) from None
-    if "digest" not in study.user_attrs:
-        raise ValueError(f"Study {name!r} is of an earlier version of Atlas; choose another name.")
+    given.pop("runner", None)  # of an earlier version, which `check_same` refuses
     sweep = Sweep.model_validate(given)
-    if study.user_attrs["digest"] != config_digest(sweep):
-        raise ValueError(
-            f"This checkout resolves {sweep.config} differently than the study's; use the same."
-        )
+    check_same(study, sweep)
     return OpenStudy(study, sweep, storage, home)
 
 
-def config_digest(sweep: Sweep) -> str:
-    """What the sweep's configuration resolves to: the same on every machine that joins."""
-    return load_config(sweep.config, sweep.overlay, sweep.set).digest()
+def sweep_made_from(sweep: Sweep) -> dict[str, Any]:
+    """What decides the results of a sweep: the same on every machine that joins."""
+    digest = load_config(sweep.config, sweep.overlay, sweep.set).digest()
+    given = sweep.model_dump(mode="json", exclude={"name", "budget", "workers"})
+    return {"study format": 2, **given, "resolved configuration": digest}
+
+
+def check_same(study: optuna.Study, sweep: Sweep) -> None:
+    there = study.user_attrs.get("made_from", {})
+    for key, here in sweep_made_from(sweep).items():
+        if there.get(key) != here:
+            raise ValueError(
+                f"Study {study.study_name!r} was made with {key} {json.dumps(there.get(key))}, not "
+                f"{json.dumps(here)}; choose another --study, or use the version that made it."
+            )
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def begin(opened: OpenStudy, trial: Trial) -> None:
     trial.set_user_attr(BEGUN, trial.number)
     for key, choices in opened.sweep.space.items():
         if isinstance(choices, list):
-            trial.suggest_categorical(key, [definition.encode(value) for value in choices])
+            trial.suggest_categorical(key, [definition.to_stored(value) for value in choices])
         else:
             trial.suggest_float(key, *choices["log_uniform"], log=True)
 

@@ -54,7 +54,7 @@ def run_seed(place: Place, point: int, params: dict, seed: int) -> dict[str, Any
         copy_once(build_shared(place, overrides), out)
     name = {"WANDB_NAME": f"{place.home.name} {point} seed {seed}"}
     run_stages(place, sorted({*shared_stages(sweep), *sweep.stages}), overrides, out, name)
-    return collect(sweep, out, time.monotonic() - begun)
+    return collect_results(sweep, out, time.monotonic() - begun)
 
 
 def evaluate_winner(place: Place, point: int, params: dict, seed: int) -> list[dict]:
@@ -186,7 +186,7 @@ def kernel_died(error: BaseException | None) -> bool:
 # --- results --------------------------------------------------------------------------------------
 
 
-def collect(sweep: Sweep, out: Path, seconds: float) -> dict[str, Any]:
+def collect_results(sweep: Sweep, out: Path, seconds: float) -> dict[str, Any]:
     """The results of a run for the storage. Raises RuntimeError if some are missing."""
     try:
         parts = time_by_part(sweep, out)

@@ -23,7 +23,7 @@ WORKERS = "ATLAS_SWEEP_WORKERS"  # how many share this machine
 POLL = 2.0  # seconds
 
 
-def work(opened: OpenStudy) -> None:
+def run_worker(opened: OpenStudy) -> None:
     """Run trials until none is left; wait while the last ones run, in case they are interrupted."""
     with contextlib.ExitStack() as stack:
         place = take_device(stack, opened)

@@ -189,13 +189,13 @@ def planned(sweep: Sweep) -> list[dict[str, Any]]:
     """The parameters of every point as Optuna stores them; {} where the sampler chooses them."""
     if sweep.sampler == "tpe":
         return [{} for _ in range(sweep.budget.trials)]
-    stored = [[encode(value) for value in values] for values in sweep.space.values()]
+    stored = [[to_stored(value) for value in values] for values in sweep.space.values()]
     grid = [dict(zip(sweep.space, values, strict=True)) for values in itertools.product(*stored)]
     random.Random(0).shuffle(grid)  # a budget smaller than the grid still covers all of it
     return grid[: sweep.budget.trials]
 
 
-def encode(value: Any) -> Any:
+def to_stored(value: Any) -> Any:
     """A value as Optuna can store it: a list or a mapping as JSON text."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
@@ -205,7 +205,7 @@ def varied(sweep: Sweep, params: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, stored in params.items():
         choices = sweep.space[key] if isinstance(sweep.space[key], list) else []
-        found[key] = next((value for value in choices if encode(value) == stored), stored)
+        found[key] = next((value for value in choices if to_stored(value) == stored), stored)
     return found
 
 

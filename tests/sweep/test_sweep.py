@@ -40,7 +40,7 @@ SLOW = {"space": {"lora.r": [4]}, "set": {"label": '{"sleep": 3}', "train.learni
 @pytest.mark.parametrize("name", definition.sweep_names())
 def test_a_shipped_sweep_is_valid(name):
     found = definition.load_sweep(name)
-    params = {key: definition.encode(values[0]) for key, values in found.space.items()}
+    params = {key: definition.to_stored(values[0]) for key, values in found.space.items()}
     overrides = definition.trial_overrides(found, params, 7)
     config = load_config(found.config, found.overlay, overrides)
     assert config.eval.prompts == found.prompts
@@ -156,7 +156,7 @@ def test_a_rank_takes_its_alpha_along():
 def test_a_list_survives_the_storage():
     found = definition.load_sweep("targets")
     seven = found.space["lora.target_modules"][1]
-    stored = {"lora.target_modules": definition.encode(seven)}
+    stored = {"lora.target_modules": definition.to_stored(seven)}
     assert definition.trial_overrides(found, stored, 1)["lora.target_modules"] == seven
 
 
@@ -174,7 +174,7 @@ def test_a_smaller_budget_tries_a_part_and_a_larger_one_the_rest():
 
 def test_the_dev_prompts_are_the_ones_that_their_script_writes():
     rows = [json.loads(line) for line in dev_prompts.PATH.read_text("utf-8").splitlines()]
-    assert rows == dev_prompts.prompts()
+    assert rows == dev_prompts.dev_prompts()
 
 
 def test_the_dev_prompts_are_usable_and_all_different():
@@ -186,7 +186,7 @@ def test_no_dev_prompt_is_a_test_prompt():
     if not OFFICIAL_PROMPTS.is_file():
         pytest.skip(f"NOT TESTED: IFEval's own prompts are not at {OFFICIAL_PROMPTS}")
     official = {p["prompt"].strip() for p in ifeval.load_prompts(str(OFFICIAL_PROMPTS), None)}
-    assert not official & {p["prompt"].strip() for p in dev_prompts.prompts()}
+    assert not official & {p["prompt"].strip() for p in dev_prompts.dev_prompts()}
 
 
 # --- studies --------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_of_equal_points_the_first_wins(tmp_path):
 
 def test_a_sweep_that_was_edited_is_not_mixed_with_its_old_study(tmp_path):
     Study(tmp_path / "home")
-    with pytest.raises(ValueError, match="made with another seeds"):
+    with pytest.raises(ValueError, match=r"made with seeds \[1, 2\], not \[3\]"):
         Study(tmp_path / "home", seeds=[3])
     larger = Study(tmp_path / "home", budget={"trials": 4, "hours": 2})
     assert larger.study.user_attrs["sweep"]["budget"]["hours"] == 2
@@ -410,16 +410,19 @@ def test_a_sweep_of_an_earlier_version_is_refused(tmp_path):
 def test_a_study_of_an_earlier_version_is_refused(tmp_path):
     storage = sweep_study.open_storage("", tmp_path)
     old = optuna.create_study(study_name="old", storage=storage)
-    old.set_user_attr("sweep", TRIVIAL | {"name": "old"})
-    with pytest.raises(ValueError, match="of an earlier version of Atlas"):
+    old.set_user_attr("sweep", TRIVIAL | {"name": "old", "runner": "tools.run"})
+    with pytest.raises(ValueError, match="made with study format null, not 2"):
         sweep_study.join("old", storage, tmp_path)
+    with pytest.raises(ValueError, match="made with study format null, not 2"):
+        Study(tmp_path, name="old")
 
 
 def test_another_configuration_is_refused(tmp_path):
     study = Study(tmp_path / "home")
-    study.study.set_user_attr("digest", "of another checkout")
-    with pytest.raises(ValueError, match="resolves sft_qwen05b differently"):
-        Study(tmp_path / "home")
+    changed = sweep_study.sweep_made_from(study.sweep) | {"resolved configuration": "another"}
+    study.study.set_user_attr("made_from", changed)
+    with pytest.raises(ValueError, match='resolved configuration "another", not'):
+        sweep_study.join("trivial", study.opened.storage, study.home)
 
 
 def test_a_study_that_is_not_there_is_one_sentence(tmp_path):
@@ -517,7 +520,7 @@ def test_the_time_of_a_run_is_split_by_tags(tmp_path):
 def test_an_unusable_result_is_an_error_not_a_value(tmp_path):
     found = definition.validate(TRIVIAL | {"name": "trivial"})
     with pytest.raises(RuntimeError, match="results are missing"):
-        sweep_trial.collect(found, tmp_path, 1.0)
+        sweep_trial.collect_results(found, tmp_path, 1.0)
 
 
 # --- the report -----------------------------------------------------------------------------------
