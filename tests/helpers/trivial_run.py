@@ -36,9 +36,18 @@ def log_event(out: Path, event: str) -> None:
 
 def log_start(out: Path) -> None:
     other = out / "pid"
-    overlaps = other.is_file() and psutil.pid_exists(int(other.read_text() or -1))
+    overlaps = other.is_file() and is_alive(int(other.read_text() or -1))
     log_event(out, "overlapped" if overlaps else "started")
     other.write_text(str(os.getpid()))
+
+
+def log_end(out: Path) -> None:
+    (out / "pid").unlink(missing_ok=True)
+    log_event(out, "ended")
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def kill_notebook(out: Path) -> None:
@@ -76,7 +85,7 @@ def main() -> None:
     stage = out / "03_sft_train"
     artifacts.write_json(stage / "summary.json", {"validation_loss": value})
     artifacts.write_jsonl(stage / "train_log.jsonl", [{"step": 1, "loss": 2 * value}])
-    log_event(out, "ended")
+    log_end(out)
 
 
 if __name__ == "__main__":

@@ -226,18 +226,19 @@ def test_shared_stages_are_built_once(swept):
 
 @pytest.mark.slow
 def test_20_kills_lose_and_double_nothing(tmp_path):
-    rates = [n * 1e-3 for n in range(1, 13)]
-    space, label = {"train.learning_rate": rates, "lora.r": [4, 8]}, '{"sleep": 0.5}'
+    rates = [n * 1e-3 for n in range(1, 31)]
+    space, label = {"train.learning_rate": rates, "lora.r": [4, 8]}, '{"sleep": 1}'
     study = Study(tmp_path / "home", space=space, seeds=[1], set={"label": label})
     kill_at_random(study, workers=4, kills=20, seed=0)
     assert study.each_point_once()
-    assert study.count("started") > 24
+    assert study.count("started") > 60
     assert not study.count("overlapped")
     assert (study.home / "notebooks" / "05_sweep_report.ipynb").is_file()
 
 
 def test_a_killed_workers_trial_waits_for_its_run_and_keeps_its_seeds(tmp_path):
-    study = Study(tmp_path / "home", **SLOW)
+    longer_than_a_takeover = {"label": '{"sleep": 7}', "train.learning_rate": 1e-3}
+    study = Study(tmp_path / "home", space={"lora.r": [4]}, set=longer_than_a_takeover)
     worker = study.worker()
     wait_for(lambda: (0, 2) in study.events())
     worker.kill()
