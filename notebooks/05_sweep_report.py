@@ -14,19 +14,19 @@
 # %% [markdown]
 # # Read what a sweep found
 #
-# A sweep runs the same notebooks many times with other values. Its table always has a best row,
-# even where all rows are the same and only chance differs; so the question of this page is not
-# which row is on top, but whether the top row is *better* than the others.
+# A sweep runs the same notebooks many times with different values. Its table always has a best row,
+# even if all points are equally good and only chance separates them. The question is therefore not
+# which point comes first, but whether the first point is *better* than the others.
 #
-# Two things keep the answer honest. Every point was trained with several **seeds**, which shows how
-# much a number moves when nothing but chance changes. And every point was judged on **dev
-# prompts**, none of which is a test prompt: whoever picks the best of many on the test set has
-# measured their own luck.
+# Two precautions keep the answer honest. Every point is trained with several **seeds**, which shows
+# how much a score varies when only chance changes. And every point is evaluated on **dev prompts**,
+# none of which is a test prompt: the score of the best of many points on the prompts that chose it
+# is biased upwards.
 #
-# **What you will see:** every point with its noise; which differences are real; the losses; how the
-# parameters act; the winning configuration; what all of it has cost.
-# **In:** `study.json`, the sweep's study as `tools.sweep` exports it, whatever storage it lives in.
-# **Out:** `winner.yaml`, a configuration that is ready to use.
+# **What you will see:** every point with its noise; which differences are significant; the losses;
+# the effect of each parameter; the winning configuration; the cost.
+# **Input:** `study.json`, the study as `tools.sweep` exports it from its storage.
+# **Output:** `winner.yaml`, a configuration that is ready to use.
 
 # %% tags=["parameters"]
 CONFIG = "sft_qwen05b"
@@ -35,7 +35,7 @@ OUT = ""
 SET = {}
 
 # %% [markdown]
-# The next cell finds the library, the one after it prints what this run is made of.
+# The next cell finds the library; the one after it prints the configuration of this run.
 
 # %% tags=["bootstrap"]
 import importlib.util
@@ -75,15 +75,15 @@ headline = display(Markdown("*The finding appears here at the end.*"), display_i
 # %% [markdown]
 # ## The smallest example: one point
 #
-# A point is one choice of values. It is trained once a seed, with everything else the same, so the
-# rows below should be equal. By how much they are not is the noise that every difference further
-# down has to exceed.
+# A point is one choice of values. It is trained once for each seed with everything else unchanged.
+# The differences between the rows below are therefore noise, and a difference between two points
+# has to exceed it.
 
 # %%
 exported = json.loads((out / "study.json").read_bytes())
 sweep = exported["sweep"]
 metric, direction = sweep["objective"]["metric"], sweep["objective"]["direction"]
-points = analysis.points(exported)
+points = analysis.ranked(exported)
 assert points, "no trial is complete yet"
 best = points[0]
 print(f"trial {best['number']}: {analysis.label(best)}")
@@ -91,10 +91,11 @@ for seed, run in best["runs"].items():
     print(f"  seed {seed}: {metric} {run[metric]:.4f}")
 
 # %% [markdown]
-# ## Nothing twice, nothing lost
+# ## Each point counts once
 #
-# Workers may be killed at any moment. Whatever happened, each point counts once, with each of its
-# seeds once; a trial that failed is listed with its error and takes no part in what follows.
+# Workers may be killed at any time. Optuna then queues the trial again, and the point keeps the
+# seeds that it has finished. However often that happens, a point counts once, with one run for each
+# seed. A point that failed is listed with its error and is left out of everything below.
 
 # %%
 import pandas as pd
@@ -102,22 +103,21 @@ import pandas as pd
 seen = [json.dumps(row["point"], sort_keys=True) for row in points]
 assert sweep["sampler"] == "tpe" or len(set(seen)) == len(seen), "a point was counted twice"
 assert all(len(row["runs"]) == len(sweep["seeds"]) for row in points), "a seed is missing"
-failed = [row for row in exported["trials"] if row["state"] == "FAIL" and not row["retried"]]
-revived = sum(row["deaths"] > 0 for row in exported["trials"])
-print(f"{len(points)} complete, {len(failed)} failed, {revived} taken over from a lost worker")
+failed = [row for row in exported["trials"] if row["state"] == "FAIL"]
+repeated = sum(row["trials"] > 1 for row in exported["trials"])
+print(f"{len(points)} complete, {len(failed)} failed, {repeated} interrupted and queued again")
 pd.DataFrame(failed)[["number", "point", "error"]] if failed else "no trial failed"
 
 # %% [markdown]
 # ## Every point with its noise
 #
-# The objective is the mean over the seeds, beside it the lowest and the highest. The interval of
-# the strict accuracy is another kind of noise: it says how much the score would move if other
-# prompts had been asked, by a bootstrap over prompts.
+# The objective is the mean over the seeds; the lowest and the highest seed stand beside it. The
+# interval of the strict accuracy describes another source of noise: how much the score would vary
+# with other prompts (bootstrap over prompts).
 
 # %%
-judged = all("verdicts" in run for row in points for run in row["runs"].values())
-table = analysis.table(points, metric)
-table.set_index("trial").round(4)
+evaluated = all("verdicts" in run for row in points for run in row["runs"].values())
+analysis.points_table(points, metric)
 
 # %%
 import matplotlib.pyplot as plt
@@ -125,7 +125,7 @@ import matplotlib.pyplot as plt
 figure, axes = plt.subplots(figsize=(7, 1.2 + 0.32 * len(points)), layout="constrained")
 names = [analysis.label(row) for row in points]
 for place, row in enumerate(points):
-    if judged and metric == "dev_strict":
+    if evaluated and metric == "dev_strict":
         axes.plot(analysis.strict_interval(row), [place] * 2, color="#c5c9d3", linewidth=6)
     values = [run[metric] for run in row["runs"].values()]
     axes.plot(values, [place] * len(values), "o", color="#4c72b0", alpha=0.7)
@@ -138,37 +138,31 @@ alt = f"{metric} of every point, best first, with its seeds; {names[0]} is at {b
 figures.show(figure, alt, config.label)
 
 # %% [markdown]
-# Bars that overlap do not yet mean that two points are alike: they were asked the *same* prompts,
-# and only those on which they differ carry information. That is the next test.
+# Overlapping bars do not show that two points are equally good: both were evaluated on the *same*
+# prompts, and only the prompts on which they differ carry information. The next section tests
+# these.
 #
-# ## Is the best one better?
+# ## Is the best point better?
 #
-# For each prompt the two points are compared over their seeds; wins and losses are tested as coin
-# flips. The best point was picked after looking at all of them, so the p-values are corrected for
-# **all pairs** of points, not just the rows shown (Holm). And since a seed alone moves the score, a
-# point is called better only if, in addition, its worst seed is above the other's best.
+# The two points of a pair are compared prompt by prompt over their seeds (McNemar's exact test).
+# The best point was chosen after seeing all of them, so the p-values are corrected for **all
+# pairs** of points, not only for the rows shown (Holm). Because the seed alone changes the score, a
+# point is called better only if its worst seed is also above the other point's best seed.
 
 # %%
-compared = analysis.comparisons(points, config.eval.alpha) if judged else []
+compared = analysis.compare_best(points, config.eval.alpha) if evaluated else []
 assert all(row["verdict"] != "better" or row["p_adjusted"] < config.eval.alpha for row in compared)
-shown = pd.DataFrame(compared)
-if compared:
-    names_of = {row["number"]: analysis.label(row) for row in points}
-    shown["best against"] = [names_of[row["trial"]] for row in compared]
-    shown["points"] = [f"{r['points']:+.1f}" for r in compared]
-    shown["ci95"] = [f"{r['ci95'][0]:+.1f} to {r['ci95'][1]:+.1f}" for r in compared]
-    shown["p"] = [f"{r['p_adjusted']:.2g}" for r in compared]
-    shown = shown[["best against", "points", "ci95", "won", "lost", "p", "seeds_agree", "verdict"]]
-shown if compared else "not tested: no trial was asked prompts, or there is only one point"
+untested = "not tested: there is only one point, or no stage evaluated the points on prompts"
+analysis.comparison_table(compared, points) if compared else untested
 
 # %% [markdown]
-# *Not distinguishable* is an answer too: among such points the cheaper or the more usual value may
-# be taken with a good conscience.
+# *Not distinguishable* is a useful result: among such points, choose the cheapest or the most usual
+# value.
 #
 # ## The losses
 #
-# One line a seed, one colour a point. Curves that run together while the scores differ, or the
-# other way round, say that the loss alone would have been a poor judge.
+# One line for each seed, one color for each point. If the curves coincide while the scores differ,
+# or the other way round, the loss alone would not have chosen the best point.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -178,43 +172,54 @@ for row, color in zip(points, colors, strict=True):
         name = analysis.label(row) if not position else None
         left.plot(*zip(*run["curve"], strict=True), color=color, label=name, linewidth=1)
         right.plot(run["validation_loss"], run[metric], "o", color=color)
+lowest = min(points, key=lambda row: analysis.spread(row, "validation_loss")[0])
+agreement = f"The lowest loss is {'the same' if lowest is best else 'another'} point"
 left.set(xlabel="step", ylabel="training loss", title="Loss by point, best first")
-right.set(xlabel="validation loss", ylabel=metric, title=analysis.agreement(points, metric))
+right.set(xlabel="validation loss", ylabel=metric, title=agreement)
 figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
 alt = f"Training loss by step for {len(points)} points, and {metric} against validation loss."
 figures.show(figure, alt, config.label)
 
 # %% [markdown]
-# ## How the parameters act
+# ## The effect of each parameter
 #
-# With two listed parameters the whole surface fits into one picture. With others, every line is a
-# trial, from its values on the left to what came out on the right.
+# One panel for each parameter, one dot for each point. If the space has two parameters, the table
+# below the figure shows how they act together.
 
 # %%
-figure = analysis.picture(exported, points)
-figure.axes[0].set_title(f"{metric} is {direction}d at {analysis.label(best)}", fontsize=10)
-alt = f"{metric} over {', '.join(sweep['space'])}; the best is {analysis.label(best)}."
+keys = list(sweep["space"])
+varied = pd.DataFrame([{**row["varied"], metric: row["value"]} for row in points])
+varied = varied.map(lambda value: ", ".join(value) if isinstance(value, list) else value)
+figure, panels = plt.subplots(1, len(keys), figsize=(8, 3), sharey=True, squeeze=False)
+for panel, key in zip(panels[0], keys, strict=True):
+    panel.plot(varied[key].astype(str), varied[metric], "o", color="#4c72b0")
+    panel.set(xlabel=key)
+panels[0][0].set(ylabel=metric)
+panels[0][0].set_title(f"{metric} is {direction}d at {analysis.label(best)}", fontsize=10)
+alt = f"{metric} over {', '.join(keys)}; the best point is {analysis.label(best)}."
 figures.show(figure, alt, config.label)
 
+# %%
+varied.pivot_table(index=keys[0], columns=keys[1:], values=metric).round(4)
+
 # %% [markdown]
-# A maximum at the edge of the picture says that the space was too small: the next sweep should go
-# on in that direction.
+# If the best value lies at the edge of the space, the space was too small: extend the next sweep in
+# that direction.
 #
-# *Importance* is the share of the objective's variance that a parameter explains by itself, over
-# the points that were tried (fANOVA, by a forest of regression trees). It speaks about this space
-# only: a parameter that was hardly varied cannot be important.
+# *Importance* is the share of a parameter in the decrease of the objective's variance in a random
+# forest fitted to the points. It describes this space only: a parameter that was hardly varied
+# cannot be important.
 
 # %%
-edges = analysis.at_an_edge(exported, best)
-print(f"at the edge of the space: {', '.join(edges) or 'nothing'}")
-shares = analysis.importance(exported)
-pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few trials to say"
+print(f"at the edge of the space: {', '.join(analysis.at_an_edge(exported, best)) or 'nothing'}")
+shares = exported["importance"]
+pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few points"
 
 # %% [markdown]
 # ## The winning configuration
 #
-# A whole recipe, the sweep's overlay included: saved as `configs/<name>.yaml` it is found by
-# `--config <name>`, in every notebook and tool.
+# A whole recipe, including the sweep's overlay. Save it as `configs/<name>.yaml` to use it with
+# `--config <name>` in every notebook and tool.
 
 # %%
 winning = analysis.winner_yaml(exported, best)
@@ -222,56 +227,55 @@ artifacts.write_lines(out / "winner.yaml", [winning.rstrip()])
 print(winning)
 
 # %% [markdown]
-# ## What it has cost
+# ## The cost
 #
-# Hours of one device, GPU or a share of the cores, over all trials, those that were killed and
-# resumed included. The second table says where an average run spends its seconds: all but training
-# and answering is overhead.
+# Hours of one device, a GPU or a share of the cores, summed over all trials, including those that
+# failed or were interrupted. The table shows the average time of a run by stage: cells that train
+# or generate, and all others.
 
 # %%
-hours, parts = analysis.device_hours(exported), analysis.overhead(exported)
-print(f"{hours:.2f} device hours, {exported['shared_seconds'] / 3600:.2f} of them shared stages")
-pd.Series(parts, name="seconds a run").to_frame().round(1) if parts else "no pages to time"
+print(f"{exported['device_hours']:.2f} device hours")
+parts = pd.DataFrame([run["parts"] for row in points for run in row["runs"].values()])
+parts.mean().rename("seconds a run").to_frame().round(1) if len(parts.columns) else "not timed"
 
 # %% [markdown]
-# ## How often was the test set looked at?
+# ## The evaluation on the test prompts
 #
-# The dev prompts have been used up by the choice: the winner's score on them is too good by
-# construction. The test prompts were kept for this one moment. Every look is recorded in the study
-# before it happens; more than one, and the last number is no longer an unbiased one.
+# The dev prompts were used to choose the winner, so its score on them is biased upwards. The test
+# prompts are evaluated once, for the winner only. Each evaluation is recorded in the study before
+# it starts; after more than one, the last score is no longer unbiased.
 
 # %%
-looks, final = exported["looks"], (exported["final"] or {}).get("metrics", [])
-assert len(looks) <= 1 or final, "looked more than once and kept nothing"
-print(f"looks at the test prompts: {len(looks)}")
-for look in looks:
-    print(f"  {look['at']}: trial {look['trial']}, seed {look['seed']}")
-columns = ["model", "format", "n", "prompt_level_strict_acc", "ci95", "stop_rate"]
+evaluations = exported["test_evaluations"]
+final = (exported["final"] or {}).get("metrics", [])
+assert len(evaluations) <= 1 or final, "several test-set evaluations, but no result"
+print(f"test-set evaluations: {len(evaluations)}")
+for evaluation in evaluations:
+    print(f"  {evaluation['at']}: trial {evaluation['trial']}, seed {evaluation['seed']}")
+columns = ["model", "format", "n", "prompt_level_strict_acc", "ci95", "eos_rate"]
 shown = pd.DataFrame(final, columns=columns)
 shown["ci95"] = [f"{low:.3f} to {high:.3f}" for low, high in shown["ci95"]]
-shown.round(3) if final else "the winner has not been measured there"
+shown.round(3) if final else "the winner has not been evaluated on the test prompts"
 
 # %%
 better = sum(row["verdict"] == "better" for row in compared)
-claim = (
-    f"better than {better} of the {len(compared)} other points" if judged else "not tested in pairs"
-)
+tested = f"better than {better} of the {len(compared)} other points" if evaluated else "not tested"
 headline.update(
     Markdown(
-        f"**{analysis.label(best)} is first with {metric} {best['value']:.3f}, {claim}.** "
-        f"{len(points)} points x {len(sweep['seeds'])} seeds, {hours:.2f} device hours, "
-        f"{len(looks)} look(s) at the test prompts. {config.label}"
+        f"**{analysis.label(best)} is first with {metric} {best['value']:.3f}, {tested}.** "
+        f"{len(points)} points x {len(sweep['seeds'])} seeds, {exported['device_hours']:.2f} "
+        f"device hours, {len(evaluations)} test-set evaluation(s). {config.label}"
     )
 )
 
 # %% [markdown]
 # ## Summary
 #
-# Points, their noise, and a test that was told how many points there were to choose from.
+# Every point with its noise, and a test that is corrected for the number of points.
 #
-# **What did not work:** sorting a table. With a dozen points and a few dozen prompts, the top row
-# is usually one of several that cannot be told apart; that is why the pairs are tested and the test
-# prompts are left alone until the choice is made.
+# **What did not work:** sorting a table. With a dozen points and a few dozen prompts, the first row
+# is usually one of several that cannot be distinguished. The pairs are therefore tested, and the
+# test prompts are not used until the choice is made.
 #
 # **Next:** [03_sft_train](03_sft_train.ipynb) with the winning configuration, on all the data.
 

@@ -1,6 +1,6 @@
-"""Write configs/dev_prompts.jsonl: prompts of our own, in IFEval's schema, to choose settings by.
+"""Write configs/dev_prompts.jsonl: prompts in IFEval's schema by which settings are chosen.
 
-python -m tools.dev_prompts     # deterministic; a test compares them with IFEval's, where those are
+python -m tools.dev_prompts     # deterministic; a test checks that none is a prompt of IFEval
 """
 
 from atlas_lib import artifacts
@@ -10,13 +10,13 @@ from atlas_lib.standin import corpus
 PATH = CONFIGS / "dev_prompts.jsonl"
 
 
-def prompts() -> list[dict]:
-    """About 120 prompts over all 25 instruction types, on topics that train nothing offline."""
+def dev_prompts() -> list[dict]:
+    """About 120 prompts over all 25 instruction types, on topics without offline training rows."""
     taught = list(load_config("sft_qwen05b").offline.taught)
     asked = corpus.prompts(1, "dev", 5, 4, taught)
     return [{name: value for name, value in row.items() if name != "answer"} for row in asked]
 
 
 if __name__ == "__main__":
-    artifacts.write_jsonl(PATH, prompts())
-    print(f"{len(prompts())} prompts in {PATH}")
+    artifacts.write_jsonl(PATH, dev_prompts())
+    print(f"{len(dev_prompts())} prompts in {PATH}")

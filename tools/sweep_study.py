@@ -1,224 +1,323 @@
-"""The study of a sweep: which trial is next, whose it is, and what became of it.
+"""The study of a sweep, kept by Optuna: which point is next, and what became of each.
 
-A trial is one point of the space with all of its seeds. Whoever works on it holds its lease: a lock
-that ends with the process, however that ends. A running trial whose lease is free has lost its
-worker; the next one adopts that very trial, so that no point is ever tried or counted twice.
+Every point of the sweep is queued as a waiting trial with the point's number, and workers only run
+waiting trials. Optuna fails a trial whose worker sends no heartbeats any more and queues it again
+with what it has recorded. Several trials may therefore stand for one point: its complete trial
+counts, else its last one.
 """
 
 import contextlib
 import datetime
 import heapq
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.samplers import TPESampler
+from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from atlas_lib.config import load_config
 from atlas_lib.sweep import definition
 from atlas_lib.sweep.definition import Sweep
-from tools.sweep_storage import ASK
 
-MOST_DEATHS = 5  # of a trial's workers: what kills every worker would otherwise never end
-FAILED_SECONDS = "failed_seconds"  # what the seed that failed a trial has cost
-SEED = "seed "  # before a seed, the name of the attribute with its results
-NO_SAMPLER_YET = optuna.samplers.RandomSampler(seed=0)  # `use_sampler` brings the real one
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-
-def create(name: str, sweep: Sweep, storage: Any, fingerprint: str) -> optuna.Study:
-    """The study `name`, created if absent. Raises ValueError if it is of another sweep."""
-    study = optuna.create_study(
-        study_name=name,
-        storage=storage,
-        sampler=NO_SAMPLER_YET,
-        direction=sweep.objective.direction,
-        load_if_exists=True,
-    )
-    given, there = sweep.model_dump(mode="json"), study.user_attrs.get("sweep")
-    for key in sorted(given.keys() - {"budget", "workers"}) if there else []:
-        if given[key] != there.get(key):
-            raise ValueError(
-                f"Study {name!r} was made with another {key} ({json.dumps(there.get(key))}); "
-                "choose another --study, or delete its folder."
-            )
-    if given != there:  # a larger budget continues the same sweep
-        study.set_user_attr("sweep", given)
-    if "fingerprint" not in study.user_attrs:
-        study.set_user_attr("fingerprint", fingerprint)
-    return study
+# Seconds between the heartbeats of a running trial; the tests set fewer. A trial is taken over when
+# four of them are missing: two minutes after its worker was killed.
+HEARTBEAT = int(os.environ.get("ATLAS_SWEEP_HEARTBEAT", "30"))
+MAX_RETRIES = 5  # of a trial that is interrupted: what kills every worker is given up
+retry = RetryHeartbeatStaleTrialCallback(MAX_RETRIES)
+# Attributes of a trial: the number of its point, its own number once it has a heartbeat, its error,
+# and for each finished seed the results.
+POINT, BEGUN, ERROR, SEED = "point", "begun", "error", "seed "
+# The server closes the connections of a machine that is gone, and so frees its locks.
+KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def join(name: str, storage: Any) -> tuple[optuna.Study, Sweep]:
-    """A study that is there, and its sweep. Raises ValueError."""
+class TrialError(Exception):
+    """A trial ended without a value."""
+
+
+class Storage(optuna.storages.RDBStorage):
+    """Optuna's storage; a heartbeat that the database misses is made up for by the next one."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with contextlib.suppress(StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
+            super().record_heartbeat(trial_id)
+
+
+class OpenStudy(NamedTuple):
+    study: optuna.Study
+    sweep: Sweep
+    storage: Storage
+    home: Path  # folder of the runs
+
+
+# --- storage --------------------------------------------------------------------------------------
+
+
+def open_storage(url: str, home: Path) -> Storage:
+    """The SQLite file in `home`, or PostgreSQL by URL. Raises ValueError or ConnectionError."""
+    scheme, _, rest = url.partition("://")
+    if url and (not rest or scheme.partition("+")[0] not in ("postgresql", "postgres")):
+        raise ValueError(
+            f"--storage is {scheme!r}; give a postgresql:// URL, or nothing for a file."
+        )
+    if (home / "journal.log").exists():
+        raise ValueError(
+            f"{home} is a sweep of an earlier version of Atlas; choose another --study or --home."
+        )
+    address = f"postgresql+psycopg://{rest}" if url else f"sqlite:///{home / 'study.db'}"
+    connect = {"options": KEEPALIVE} if url else {"timeout": 100}
+    home.mkdir(parents=True, exist_ok=True)
     try:
-        study = optuna.load_study(study_name=name, storage=storage, sampler=NO_SAMPLER_YET)
+        with filelock.FileLock(home / "study.lock"):  # tables are created by one process
+            return Storage(
+                address,
+                engine_kwargs={"pool_pre_ping": True, "connect_args": connect},
+                heartbeat_interval=HEARTBEAT,
+                grace_period=4 * HEARTBEAT,
+                heartbeat_stale_trial_callback=retry,
+            )
+    except sqlalchemy.exc.OperationalError as error:
+        reason = " ".join(str(error.orig).split())
+        raise ConnectionError(f"The storage does not answer ({reason}); check --storage.") from None
+
+
+@contextlib.contextmanager
+def exclusive(opened: OpenStudy) -> Iterator[None]:
+    """Let one process at a time queue and take trials.
+
+    Optuna alone does not prevent that two take or queue the same trial: on SQLite it reads and
+    writes a trial's state without a lock, and `enqueue_trial` has none on any database.
+    """
+    with filelock.FileLock(opened.home / "study.lock"), contextlib.ExitStack() as stack:
+        engine = opened.storage.engine
+        if engine.dialect.name == "postgresql":
+            connection = stack.enter_context(engine.begin())
+            lock = sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtext(:name))")
+            connection.execute(lock, {"name": opened.study.study_name})
+        yield
+
+
+def create(name: str, sweep: Sweep, storage: Storage, home: Path) -> OpenStudy:
+    """The study `name`, created if absent. Raises ValueError if it belongs to another sweep."""
+    direction = sweep.objective.direction
+    study = optuna.create_study(
+        study_name=name, storage=storage, direction=direction, load_if_exists=True
+    )
+    if not study.user_attrs:
+        study.set_user_attr("made_from", sweep_made_from(sweep))
+    check_same(study, sweep)
+    study.set_user_attr("sweep", sweep.model_dump(mode="json"))  # a larger budget continues it
+    return OpenStudy(study, sweep, storage, home)
+
+
+def join(name: str, storage: Storage, home: Path) -> OpenStudy:
+    """An existing study. Raises ValueError if it is missing or resolves differently here."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
         given = study.user_attrs["sweep"]
     except KeyError:
-        known = ", ".join(sorted(s.study_name for s in optuna.get_all_study_summaries(storage)))
+        names = ", ".join(sorted(optuna.get_all_study_names(storage)))
         raise ValueError(
-            f"No study {name!r} in this storage; there are: {known or 'none'}."
+            f"No study {name!r} in this storage; there are: {names or 'none'}."
         ) from None
-    return study, Sweep.model_validate(given)
+    given.pop("runner", None)  # of an earlier version, which `check_same` refuses
+    sweep = Sweep.model_validate(given)
+    check_same(study, sweep)
+    return OpenStudy(study, sweep, storage, home)
 
 
-def use_sampler(study: optuna.Study, sweep: Sweep, asked: int) -> None:
-    """Give a study its sampler before this process asks first; it remembers what it has seen.
+def sweep_made_from(sweep: Sweep) -> dict[str, Any]:
+    """What decides the results of a sweep: the same on every machine that joins."""
+    digest = load_config(sweep.config, sweep.overlay, sweep.set).digest()
+    given = sweep.model_dump(mode="json", exclude={"name", "budget", "workers"})
+    return {"study format": 2, **given, "resolved configuration": digest}
 
-    Asks come one after another, so a TPE seeded by their count never repeats another worker's.
+
+def check_same(study: optuna.Study, sweep: Sweep) -> None:
+    there = study.user_attrs.get("made_from", {})
+    for key, here in sweep_made_from(sweep).items():
+        if there.get(key) != here:
+            raise ValueError(
+                f"Study {study.study_name!r} was made with {key} {json.dumps(there.get(key))}, not "
+                f"{json.dumps(here)}; choose another --study, or use the version that made it."
+            )
+
+
+# --- trials ---------------------------------------------------------------------------------------
+
+
+def counted(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """The trial that counts for each point that was queued: the complete one, else the last."""
+    found: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        point = trial.user_attrs[POINT]
+        if point not in found or found[point].state != TrialState.COMPLETE:
+            found[point] = trial
+    return found
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether a trial ended without an error of its own and has to be queued again."""
+    lost = trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
+    return lost and len(retry.retry_history(trial)) < MAX_RETRIES
+
+
+def queue_next(opened: OpenStudy) -> bool:
+    """Queue the first point that has no trial or an interrupted one; false if there is none."""
+    trials = counted(opened.study)
+    for point, params in enumerate(definition.planned(opened.sweep)):
+        if point not in trials:
+            opened.study.enqueue_trial(params, user_attrs={POINT: point})
+            return True
+        if is_interrupted(trials[point]):
+            retry(opened.study, trials[point])
+            return True
+    return False
+
+
+def retry_failed(opened: OpenStudy) -> int:
+    """Queue every failed point again, with the seeds that it has finished; how many."""
+    with exclusive(opened):
+        failed = [t for t in counted(opened.study).values() if t.state == TrialState.FAIL]
+        for trial in failed:
+            attrs = {key: value for key, value in trial.user_attrs.items() if key != ERROR}
+            opened.study.enqueue_trial(trial.params, user_attrs=attrs)
+    return len(failed)
+
+
+def run_next(opened: OpenStudy, evaluate: Callable[[Trial], float]) -> bool:
+    """Take one trial and run it; false if there is none to take.
+
+    `evaluate` returns the objective, or raises TrialError, after recording the error if the trial
+    should not be queued again.
     """
-    if not isinstance(study.sampler, optuna.samplers.RandomSampler):
-        return
-    if sweep.sampler == "tpe":
-        study.sampler = optuna.samplers.TPESampler(
-            seed=asked, multivariate=True, constant_liar=True
-        )
-    else:
-        space = {key: [definition.encode(v) for v in values] for key, values in sweep.space.items()}
-        study.sampler = optuna.samplers.GridSampler(space, seed=0)
+    study, values = opened.study, []
+    with contextlib.ExitStack() as asking:
+        asking.enter_context(exclusive(opened))
+        fail_lost(study)
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting and not queue_next(opened):
+            return False
+        if opened.sweep.sampler == "tpe":  # seeded so that no worker repeats what another has drawn
+            drawn = sum(bool(trial.params) for trial in counted(study).values())
+            study.sampler = TPESampler(seed=drawn, multivariate=True, constant_liar=True)
 
+        def objective(trial: Trial) -> float:
+            begin(opened, trial)
+            asking.close()
+            values.append(evaluate(trial))
+            return values[0]
 
-def suggest(trial: Trial, sweep: Sweep) -> dict[str, Any]:
-    """The trial's parameters as stored; those that it already has stay."""
-    return {
-        key: trial.suggest_categorical(key, [definition.encode(v) for v in values])
-        if isinstance(values, list)
-        else trial.suggest_float(key, *values["log_uniform"], log=True)
-        for key, values in sweep.space.items()
-    }
-
-
-def retried(trials: list[FrozenTrial]) -> set[int]:
-    """Failed trials that a later one repeats: they count no more."""
-    return {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
-
-
-def retry_failed(study: optuna.Study, held: Callable) -> int:
-    """Queue every failed point once more; how many."""
-    with held(ASK, wait=True):
-        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        before = retried(study.get_trials(deepcopy=False))
-        again = [trial for trial in failed if trial.number not in before]
-        for trial in again:
-            study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-    return len(again)
-
-
-def too_many_failures(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
-    """The last error, if the trials that ended last have all failed, as many as are allowed."""
-    again, most = retried(trials), sweep.budget.consecutive_failures
-    counted = [t for t in trials if t.state.is_finished() and t.number not in again]
-    ended = heapq.nlargest(most, counted, key=lambda trial: trial.datetime_complete)
-    if len(ended) == most and all(trial.state == TrialState.FAIL for trial in ended):
-        reason = ended[0].user_attrs.get("error", "unknown")
-        return f"{most} trials failed one after another, the last one because: {reason}"
-    return None
-
-
-def why_nothing_to_ask(sweep: Sweep, trials: list[FrozenTrial]) -> str | None:
-    """Too many failures in a row, or the budget; None while there is more to try."""
-    if failures := too_many_failures(sweep, trials):
-        return failures
-    if any(t.state == TrialState.WAITING for t in trials):
-        return None
-    if sweep.budget.hours and sum(map(spent_hours, trials)) >= sweep.budget.hours:
-        return f"the budget of {sweep.budget.hours:g} device hours is spent"
-    counted = len(trials) - len(retried(trials))
-    return "every trial is taken" if counted >= definition.n_trials(sweep) else None
-
-
-def runs(trial: FrozenTrial) -> dict[str, dict]:
-    """{seed: its results} of the seeds that are finished."""
-    found = {k: v for k, v in trial.user_attrs.items() if k.startswith(SEED)}
-    return {key.removeprefix(SEED): value for key, value in found.items()}
-
-
-def spent_hours(trial: FrozenTrial) -> float:
-    seconds = sum(run["seconds"] for run in runs(trial).values())
-    return (seconds + trial.user_attrs.get(FAILED_SECONDS, 0.0)) / 3600
-
-
-class Claim(NamedTuple):
-    """A trial, and what keeps it: the lease ends with the stack; runs inherit the file."""
-
-    trial: Trial
-    lease: contextlib.ExitStack
-    file: Any
-
-
-def claim(study: optuna.Study, sweep: Sweep, held: Callable) -> Claim | str | None:
-    """A trial to work on; or why there is none; or None: others are at work, ask again later.
-
-    A trial that lost its worker comes first.
-    """
-    with held(ASK, wait=True):
-        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            lease = contextlib.ExitStack()
-            file = lease.enter_context(held(frozen.number))
-            if file and (trial := _adopt(study, sweep, frozen)):
-                return Claim(trial, lease, file)
-            lease.close()
-        trials = study.get_trials(deepcopy=False)
-        if reason := why_nothing_to_ask(sweep, trials):
-            return None if any(t.state == TrialState.RUNNING for t in trials) else reason
-        use_sampler(study, sweep, len(trials))
-        trial, lease = study.ask(), contextlib.ExitStack()
-        file = lease.enter_context(held(trial.number, wait=True))
-        suggest(trial, sweep)
-        return Claim(trial, lease, file)
-
-
-def _adopt(study: optuna.Study, sweep: Sweep, frozen: FrozenTrial) -> Trial | None:
-    """The running trial whose worker is gone, unless it ended meanwhile or has cost too many."""
-    storage, trial_id = study._storage, frozen._trial_id
-    now = storage.get_trial(trial_id)
-    if now.state != TrialState.RUNNING:
-        return None
-    deaths = now.user_attrs.get("deaths", 0) + 1
-    storage.set_trial_user_attr(trial_id, "deaths", deaths)
-    if deaths > MOST_DEATHS:
-        fail(study, trial_id, f"its worker died {deaths} times; the last lines of its log say why")
-        return None
-    use_sampler(study, sweep, frozen.number)
-    trial = Trial(study, trial_id)
-    suggest(trial, sweep)
-    return trial
-
-
-def stopped(trial: Trial) -> None:
-    """Its worker ends on purpose: that is no death."""
-    trial.set_user_attr("deaths", trial.user_attrs.get("deaths", 0) - 1)
-
-
-def fail(study: optuna.Study, trial_id: int, reason: str, seconds: float = 0.0) -> None:
-    """Record a failed trial with its error and what it has cost beside its finished seeds."""
-    study._storage.set_trial_user_attr(trial_id, FAILED_SECONDS, seconds)
-    study._storage.set_trial_user_attr(trial_id, "error", reason)
-    study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-
-
-def complete(study: optuna.Study, trial: Trial, value: float) -> bool:
-    """Record the value; false if another worker has ended this trial in the meantime."""
-    try:
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [value])
-    except optuna.exceptions.UpdateFinishedTrialError:
-        return False
+        try:
+            study.optimize(objective, n_trials=1, catch=(TrialError,))
+        except (AssertionError, ValueError):  # how Optuna refuses to end a trial that has ended
+            if not values:
+                raise
+            print("The trial was taken over by another worker: it is not counted here.", flush=True)
     return True
 
 
-def winner(study: optuna.Study, sweep: Sweep) -> FrozenTrial:
-    """The best complete trial, of equal ones the first: a database has no order of its own."""
-    sign = -1 if sweep.objective.direction == "maximize" else 1
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min(complete, key=lambda trial: (sign * trial.value, trial.number))
+def fail_lost(study: optuna.Study) -> None:
+    """Fail the running trials whose workers are gone.
+
+    Optuna finds those whose heartbeats have ended, but not those that never had one. In
+    `exclusive`, such a trial's worker was killed before it could release the lock.
+    """
+    optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.user_attrs.get(BEGUN) != trial.number:
+            study.tell(trial.number, state=TrialState.FAIL)
 
 
-def record_look(study: optuna.Study, held: Callable, looked: dict[str, int]) -> None:
-    """Count a look at the test prompts: one that was interrupted and goes on counts once."""
-    with held(ASK, wait=True):
-        looks = study.user_attrs.get("looks", [])
-        if not any(looked.items() <= look.items() for look in looks):
+def begin(opened: OpenStudy, trial: Trial) -> None:
+    """Record the first heartbeat of a trial, then that it has begun, then its parameters."""
+    study_id = opened.storage.get_study_id_from_name(opened.study.study_name)
+    trial_id = opened.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+    opened.storage.record_heartbeat(trial_id)
+    trial.set_user_attr(BEGUN, trial.number)
+    for key, choices in opened.sweep.space.items():
+        if isinstance(choices, list):
+            trial.suggest_categorical(key, [definition.to_stored(value) for value in choices])
+        else:
+            trial.suggest_float(key, *choices["log_uniform"], log=True)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def finished_runs(trial: FrozenTrial | Trial) -> dict[str, dict]:
+    """{seed: its results} of the seeds that are finished."""
+    attrs = trial.user_attrs.items()
+    return {key.removeprefix(SEED): value for key, value in attrs if key.startswith(SEED)}
+
+
+def device_seconds(trials: Iterable[FrozenTrial]) -> float:
+    """How long trials have kept a device, those that were interrupted included."""
+    spans = [
+        (trial.datetime_complete or datetime.datetime.now()) - trial.datetime_start
+        for trial in trials
+        if trial.datetime_start
+    ]
+    return sum(span.total_seconds() for span in spans)
+
+
+def error_of(trial: FrozenTrial) -> str | None:
+    """Why a trial failed; None in another state."""
+    if trial.state != TrialState.FAIL:
+        return None
+    return trial.user_attrs.get(ERROR, "it was interrupted; log.txt in its folder may say why")
+
+
+def why_failing(opened: OpenStudy) -> str | None:
+    """A sentence if the points that ended last have failed, as many as the budget allows."""
+    most = opened.sweep.budget.consecutive_failures
+    ended = [t for t in counted(opened.study).values() if has_ended(t)]
+    last = heapq.nlargest(most, ended, key=lambda trial: trial.datetime_complete)
+    if sum(trial.state == TrialState.FAIL for trial in last) < most:
+        return None
+    return f"{most} trials failed one after another, the last one because: {error_of(last[0])}"
+
+
+def has_ended(trial: FrozenTrial) -> bool:
+    return trial.state.is_finished() and not is_interrupted(trial)
+
+
+def why_over(opened: OpenStudy) -> str | None:
+    """Why no trial should be started any more; None while the sweep goes on."""
+    hours = opened.sweep.budget.hours
+    if failing := why_failing(opened):
+        return failing
+    if hours and device_seconds(opened.study.get_trials(deepcopy=False)) >= 3600 * hours:
+        return f"the budget of {hours:g} device hours is spent"
+    ended = sum(map(has_ended, counted(opened.study).values()))
+    return "every trial has ended" if ended >= len(definition.planned(opened.sweep)) else None
+
+
+def winner(opened: OpenStudy) -> FrozenTrial:
+    """The best complete trial, of equal ones that of the first point. Raises RuntimeError."""
+    sign = -1 if opened.sweep.objective.direction == "maximize" else 1
+    complete = [t for t in counted(opened.study).values() if t.state == TrialState.COMPLETE]
+    if not complete:
+        raise RuntimeError("No trial was completed; `status` lists their errors.")
+    return min(complete, key=lambda trial: (sign * trial.value, trial.user_attrs[POINT]))
+
+
+def record_test_evaluation(opened: OpenStudy, evaluated: dict[str, int]) -> None:
+    """Count an evaluation on the test prompts; one that is interrupted and resumed counts once."""
+    with exclusive(opened):
+        recorded = opened.study.user_attrs.get("test_evaluations", [])
+        if not any(evaluated.items() <= earlier.items() for earlier in recorded):
             at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            study.set_user_attr("looks", [*looks, looked | {"at": at}])
+            opened.study.set_user_attr("test_evaluations", [*recorded, evaluated | {"at": at}])

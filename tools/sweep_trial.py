@@ -1,243 +1,214 @@
-"""One trial of a sweep: the real notebooks in a process of their own, a run a seed."""
+"""One trial of a sweep: the notebooks in a process of their own, one run a seed."""
 
 import contextlib
-import hashlib
 import json
 import os
+import runpy
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 
 from atlas_lib import artifacts, bootstrap
 from atlas_lib.config import STAGES, load_config
 from atlas_lib.sweep import definition
 from atlas_lib.sweep.definition import Sweep
-from tools import sweep_storage, sweep_study
 
-ATTEMPTS = 3  # at a run whose process is killed: each goes on where the last one was
-KILLED = "its process was killed"  # what tools.run says when a notebook's own process is gone
-TICK = 5.0  # seconds: how exactly a killed run's time is known
+# The module that runs the stages; the tests set one that needs no model.
+RUNNER = os.environ.get("ATLAS_SWEEP_RUNNER", "tools.run")
 MOST_POINTS = 200  # of a loss curve in the storage
-# The cells of a page that train and ask the model, by a call in them; all the rest is overhead.
-WORK = {
-    "trainer.train(": "training",
-    "trainer.model.disable_adapter(": "sample answers",
-    "grid.ask_all(": "answers",
-}
+WORK_TAGS = {"train", "generate", "sample-responses"}  # of cells; all others are overhead
 
 
-def folder(home: Path, number: int, seed: int) -> Path:
-    """OUT of one run."""
-    return home / "trials" / f"{number:04d}" / f"seed-{seed}"
+class RunKilledError(Exception):
+    """The process of a run was killed; the same run resumes where it was."""
 
 
-def measure(
-    sweep: Sweep, number: int, params: dict, seed: int, home: Path, environment: dict, locks: list
-) -> dict[str, Any]:
-    """Run the stages for one seed, or what is missing of them; its results for the storage.
+@dataclass(frozen=True)
+class Place:
+    """Where runs happen: the sweep's folder, and a device by its environment and its lock."""
 
-    `locks` are open files that the processes inherit, so that a killed worker's run keeps them.
-    Raises RuntimeError with the run's own error.
-    """
-    out = folder(home, number, seed)
-    overrides = definition.overrides(sweep, params, seed)
-    environment = environment | {"WANDB_NAME": f"{home.name} {number} seed {seed}"}
-    out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    shared = build_shared(sweep, overrides, home, environment, locks)
-    borrow(shared, out)
-    waited = time.monotonic() - begun
-    execute(sweep, stages_until(sweep), overrides, out, environment, locks)
-    return collect(sweep, out) | {"shared_seconds": waited}
+    sweep: Sweep
+    home: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    device_lock: Path | None = None
+
+    def folder(self, point: int, seed: int) -> Path:
+        """OUT of one run."""
+        return self.home / "trials" / f"{point:04d}" / f"seed-{seed}"
 
 
-def stages_until(sweep: Sweep) -> list[str]:
-    """The trial's stages and those below them, which are usually there already."""
-    return sorted({*earlier(sweep), *sweep.stages})
+def run_seed(place: Place, point: int, params: dict, seed: int) -> dict[str, Any]:
+    """Run what is missing of the stages for one seed; its results. Raises RuntimeError."""
+    sweep, out, begun = place.sweep, place.folder(point, seed), time.monotonic()
+    overrides = definition.trial_overrides(sweep, params, seed)
+    if shared_stages(sweep):
+        copy_once(build_shared(place, overrides), out)
+    name = {"WANDB_NAME": f"{place.home.name} {point} seed {seed}"}
+    run_stages(place, sorted({*shared_stages(sweep), *sweep.stages}), overrides, out, name)
+    return collect_results(sweep, out, time.monotonic() - begun)
 
 
-def earlier(sweep: Sweep) -> list[str]:
-    """What all trials share: the stages before the first that a trial runs."""
+def evaluate_winner(place: Place, point: int, params: dict, seed: int) -> list[dict]:
+    """The winner's metrics on the test prompts; it is trained again if another machine has it."""
+    trained, out = place.folder(point, seed), place.home / "winner" / f"{point:04d}"
+    if trained.is_dir():
+        copy_once(trained, out)
+    run_stages(place, list(STAGES), definition.winner_overrides(place.sweep, params, seed), out, {})
+    return json.loads((out / "metrics.json").read_bytes())
+
+
+def copy_once(source: Path, out: Path) -> None:
+    """Let OUT begin as a copy of another run, whose stages are reused where they still fit."""
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part)
+        part.rename(out)
+
+
+# --- stages that trials share ---------------------------------------------------------------------
+
+
+def shared_stages(sweep: Sweep) -> list[str]:
+    """The stages before the first one of a trial."""
     return [stage for stage in STAGES if stage < min(sweep.stages)]
 
 
-def execute(
-    sweep: Sweep, stages: list[str], overrides: dict, out: Path, environment: dict, locks: list
-) -> None:
-    """The sweep's runner on these stages. Raises RuntimeError."""
-    command = [sys.executable, "-m", sweep.runner, *stages, "--out", str(out)]
-    command += ["--config", sweep.config, "--overlay", sweep.overlay]
-    for key, value in overrides.items():
-        command += ["--set", f"{key}={_as_yaml(value)}"]
-    _run_through(command, out, environment, locks)
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump([value], default_flow_style=True, width=float("inf")).strip()[1:-1]
-
-
-def _run_through(command: list[str], out: Path, environment: dict, locks: list) -> None:
-    """Run it until it ends by itself. Raises RuntimeError with its own words."""
-    for _ in range(ATTEMPTS):
-        status, said = _run(command, out, environment, locks)
-        if status == 0:
-            return
-        if status > 0 and KILLED not in said:
-            break
-    raise RuntimeError(said)
-
-
-def _run(command: list[str], out: Path, environment: dict, locks: list) -> tuple[int, str]:
-    """(exit status, its error in a sentence); the output goes to OUT/log.txt."""
-    log = out / "log.txt"
-    with log.open("ab") as file:
-        start = file.tell()
-        process = subprocess.Popen(
-            command,
-            cwd=bootstrap.ROOT,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno() for lock in locks],
-        )
-        status = _wait(process, out / "spent.json")
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = file.read().decode(errors="replace").splitlines()
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return status, said[-1] if said else f"it ended with status {status}; see {log}"
-
-
-def _wait(process: subprocess.Popen, spent: Path) -> int:
-    """Its exit status; the seconds of all attempts are on disk every few seconds."""
-    before, begun = read_spent(spent), time.monotonic()
-    try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=TICK)
-            artifacts.write_json(spent, {"seconds": before + time.monotonic() - begun})
-    finally:  # stopped on purpose: the run saves what it has
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-        artifacts.write_json(spent, {"seconds": before + time.monotonic() - begun})
-
-
-def read_spent(path: Path) -> float:
-    return json.loads(path.read_bytes())["seconds"] if path.is_file() else 0.0
-
-
-def unrecorded_seconds(sweep: Sweep, home: Path, trial: Any) -> float:
-    """What the runs of a trial have cost that ended without a result."""
-    done = sweep_study.runs(trial)
-    lost = [seed for seed in sweep.seeds if str(seed) not in done]
-    return sum(read_spent(folder(home, trial.number, seed) / "spent.json") for seed in lost)
-
-
-def build_shared(
-    sweep: Sweep, overrides: dict, home: Path, environment: dict, locks: list
-) -> Path | None:
-    """A folder with the stages and the base's answers that this run shares with others.
-
-    Built by the first that needs it, while the others wait. None: there is nothing to share.
-    """
-    if not earlier(sweep):
-        return None
+def build_shared(place: Place, overrides: dict) -> Path:
+    """A folder with the shared stages and the base model's responses, built by the first caller."""
+    sweep = place.sweep
     config = load_config(sweep.config, sweep.overlay, overrides)
-    out = home / "shared" / _identity(sweep, config)
-    with sweep_storage.file_lock(out.with_suffix(".lock")) as lock:
+    out = place.home / "shared" / shared_digest(sweep, config)
+    out.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(out / "build.lock"):
         if not (out / "ready").is_file():
-            out.mkdir(parents=True, exist_ok=True)
-            execute(sweep, earlier(sweep), overrides, out, environment, [*locks, lock])
+            run_stages(place, shared_stages(sweep), overrides, out, {})
             if "04_ifeval_eval" in sweep.stages:
-                _ask_base(sweep, overrides, out, environment, [*locks, lock])
+                given = {"CONFIG": sweep.config, "OVERLAY": sweep.overlay, "SET": overrides}
+                command = ["atlas_lib.evaluate.grid", json.dumps(given), "", str(out), "base"]
+                run_module(place, command, out, {})
             (out / "ready").touch()
     return out
 
 
-def _identity(sweep: Sweep, config: Any) -> str:
-    """12 hex digits of all that decides the shared stages and the base's answers."""
-    made_from = artifacts.relevant(earlier(sweep)[-1], config)
-    evaluated = artifacts.relevant("04_ifeval_eval", config)
-    made_from |= {
-        k: v for k, v in evaluated.items() if k.startswith(("model.", "eval.", "content"))
-    }
+def shared_digest(sweep: Sweep, config: Any) -> str:
+    """12 hex digits of all that decides the shared stages and the base model's responses."""
+    import hashlib
+
+    made_from = artifacts.relevant(shared_stages(sweep)[-1], config)
+    for key, value in artifacts.relevant("04_ifeval_eval", config).items():
+        if key.startswith(("model.", "eval.", "content")):
+            made_from[key] = value
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _ask_base(sweep: Sweep, overrides: dict, out: Path, environment: dict, locks: list) -> None:
-    parameters = {"CONFIG": sweep.config, "OVERLAY": sweep.overlay, "SET": overrides}
-    command = [
-        sys.executable,
-        "-m",
-        "atlas_lib.evaluate.grid",
-        json.dumps(parameters),
-        "",
-        str(out),
-        "base",
-    ]
-    _run_through(command, out, environment, locks)
+# --- processes ------------------------------------------------------------------------------------
 
 
-def borrow(shared: Path | None, out: Path) -> None:
-    """Put finished stages, their pages and answers of `shared` into `out`, where they are missing.
+def run_stages(
+    place: Place, stages: list[str], overrides: dict, out: Path, environment: dict[str, str]
+) -> None:
+    """Run stages of the sweep's configuration in OUT. Raises RuntimeError with the run's error."""
+    sweep = place.sweep
+    command = [RUNNER, *stages, "--out", str(out), "--config", sweep.config]
+    command += ["--overlay", sweep.overlay]
+    for key, value in overrides.items():
+        text = yaml.safe_dump([value], default_flow_style=True, width=float("inf"))
+        command += ["--set", f"{key}={text.strip()[1:-1]}"]
+    run_module(place, command, out, environment)
 
-    Files of a stage are links: whoever writes them anew renames, and the original stays.
+
+def run_module(place: Place, command: list[str], out: Path, environment: dict[str, str]) -> None:
+    """Run a module with arguments. Raises RuntimeError with its error, or RunKilledError."""
+    locks = [str(path) for path in (out / "run.lock", place.device_lock) if path]
+    given = [sys.executable, "-m", "tools.sweep_trial", json.dumps(locks), str(out), *command]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            given,
+            cwd=bootstrap.ROOT,
+            env=os.environ | place.environment | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            status = process.wait()
+        finally:
+            if process.poll() is None:  # the worker is stopped: the run saves what it has
+                process.terminate()
+                process.wait()
+    ending = json.loads((out / "ending.json").read_bytes())
+    if status == -signal.SIGKILL or ending["killed"]:
+        raise RunKilledError(f"its process was killed; see {out / 'log.txt'}")
+    if status:
+        raise RuntimeError(ending["error"] or f"it ended with status {status}; see {log.name}")
+
+
+def main() -> None:
+    """The process of one run: it holds its locks to its end, even if its worker is killed before.
+
+    So the next worker's run waits for it, and two never write into one folder or share a device.
     """
-    for source in sorted(shared.iterdir()) if shared else []:
-        target, linked = out / source.name, source.name in STAGES
-        if not source.is_dir() or (target.exists() and linked):
-            continue
-        part = out / f"{source.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(source, part, copy_function=_link if linked else shutil.copy2)
-        if linked:
-            part.rename(target)
-            continue
-        target.mkdir(exist_ok=True)
-        for file in part.iterdir():
-            if not (target / file.name).exists():
-                file.rename(target / file.name)
-        shutil.rmtree(part)
+    locks, out, module, *sys.argv[1:] = sys.argv[1:]
+    path, ending = Path(out) / "ending.json", {"error": None, "killed": False}
+    with contextlib.ExitStack() as stack:
+        for lock in json.loads(locks):
+            stack.enter_context(filelock.FileLock(lock))
+        artifacts.write_json(path, ending)
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                ending["error"] = end.code.removeprefix("error: ")
+            artifacts.write_json(path, ending | {"killed": kernel_died(end)})
+            raise
 
 
-def _link(source: str, target: str) -> None:
+def kernel_died(error: BaseException | None) -> bool:
+    """Whether the process of a notebook was killed, by the chain of exceptions."""
+    from nbclient.exceptions import DeadKernelError
+
+    while error and not isinstance(error, DeadKernelError):
+        error = error.__context__
+    return error is not None
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def collect_results(sweep: Sweep, out: Path, seconds: float) -> dict[str, Any]:
+    """The results of a run for the storage. Raises RuntimeError if some are missing."""
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def collect(sweep: Sweep, out: Path) -> dict[str, Any]:
-    """What a run left, small enough for the storage. Raises RuntimeError if some is missing."""
-    try:
-        found: dict[str, Any] = {"seconds": read_spent(out / "spent.json")}
-        if "03_sft_train" in stages_until(sweep):
-            found |= _trained(out / "03_sft_train")
+        parts = time_by_part(sweep, out)
+        found: dict[str, Any] = {"seconds": seconds, "parts": parts}
+        if "03_sft_train" in {*shared_stages(sweep), *sweep.stages}:
+            found |= training_results(out / "03_sft_train")
         if "04_ifeval_eval" in sweep.stages:
-            found |= _evaluated(out / "04_ifeval_eval")
-        found["parts"] = parts(sweep, out, found["seconds"])
+            found |= evaluation_results(out / "04_ifeval_eval")
     except (OSError, ValueError, KeyError, StopIteration) as error:
-        raise RuntimeError(f"its results are not there ({type(error).__name__}: {error})") from None
+        raise RuntimeError(f"its results are missing ({type(error).__name__}: {error})") from None
     return found
 
 
-def _trained(stage: Path) -> dict[str, Any]:
+def training_results(stage: Path) -> dict[str, Any]:
     summary = json.loads((stage / "summary.json").read_bytes())
-    log = stage / "train_log.jsonl"
-    curve = [[e["step"], e["loss"]] for e in artifacts.read_jsonl(log) if "loss" in e]
+    log = artifacts.read_jsonl(stage / "train_log.jsonl")
+    curve = [[entry["step"], entry["loss"]] for entry in log if "loss" in entry]
     thinned = curve[:: -(-len(curve) // MOST_POINTS) or 1]
     return {"validation_loss": summary["validation_loss"], "curve": thinned}
 
 
-def _evaluated(stage: Path) -> dict[str, Any]:
+def evaluation_results(stage: Path) -> dict[str, Any]:
     results = json.loads((stage / "ifeval.json").read_bytes())
     rows = {row["model"]: row for row in results["metrics"] if row["format"] == "chat"}
     verdicts = artifacts.read_jsonl(stage / "scores" / "SFT-chat.jsonl")
@@ -251,46 +222,17 @@ def _evaluated(stage: Path) -> dict[str, Any]:
     }
 
 
-def parts(sweep: Sweep, out: Path, seconds: float) -> dict[str, float]:
-    """Where a run's seconds went, by its executed pages; {} for a runner without pages."""
-    found: dict[str, float] = {}
+def time_by_part(sweep: Sweep, out: Path) -> dict[str, float]:
+    """Seconds of each stage's tagged cells, and of its other cells; {} without notebooks."""
+    parts: Counter[str] = Counter()
     for stage in sweep.stages:
-        page = out / "notebooks" / f"{stage}.ipynb"
-        if not page.is_file():
-            continue
-        page = json.loads(page.read_bytes())
-        cells = [
-            (c["metadata"]["papermill"]["duration"] or 0.0, c["source"]) for c in page["cells"]
-        ]
-        names = [next((WORK[w] for w in WORK if w in "".join(s)), "other cells") for _, s in cells]
-        for name, (duration, _) in zip(names, cells, strict=True):
-            found[f"{stage}: {name}"] = found.get(f"{stage}: {name}", 0.0) + duration
-        inside = sum(duration for duration, _ in cells)
-        found[f"{stage}: kernel"] = page["metadata"]["papermill"]["duration"] - inside
-    if found:
-        found["processes"] = max(0.0, seconds - sum(found.values()))
-    return found
+        path = out / "notebooks" / f"{stage}.ipynb"
+        notebook = json.loads(path.read_bytes()) if path.is_file() else {"cells": []}
+        for cell in notebook["cells"]:
+            tag = next(iter(WORK_TAGS & {*cell["metadata"].get("tags", [])}), "other cells")
+            parts[f"{stage}: {tag}"] += cell["metadata"]["papermill"]["duration"] or 0.0
+    return dict(parts)
 
 
-def objective(sweep: Sweep, runs: list[dict]) -> float:
-    """The mean over the seeds."""
-    return statistics.mean(run[sweep.objective.metric] for run in runs)
-
-
-def look(
-    sweep: Sweep, number: int, params: dict, seed: int, home: Path, environment: dict
-) -> dict[str, Any]:
-    """The winner on the test prompts: its own adapter if it is here, else trained again."""
-    out = home / "winner"
-    out.mkdir(parents=True, exist_ok=True)
-    trained = folder(home, number, seed)
-    for stage in (*earlier(sweep), "03_sft_train"):
-        if (trained / stage / artifacts.MANIFEST).is_file():
-            shutil.rmtree(out / stage, ignore_errors=True)
-            shutil.copytree(trained / stage, out / stage, copy_function=_link)
-            (out / "notebooks").mkdir(exist_ok=True)
-            page = f"{stage}.ipynb"
-            shutil.copy2(trained / "notebooks" / page, out / "notebooks" / page)
-    overrides = definition.winning_overrides(sweep, params, seed)
-    execute(sweep, list(STAGES), overrides, out, environment, [])
-    return {"metrics": json.loads((out / "metrics.json").read_bytes())}
+if __name__ == "__main__":
+    main()

@@ -1,96 +1,104 @@
-"""One worker of a sweep: it takes a GPU or a share of the cores, and trials until none is left."""
+"""One worker of a sweep: it takes a GPU or a share of the cores, then trials until none is left."""
 
 import contextlib
+import functools
+import math
 import os
+import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
+import filelock
 import platformdirs
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial
 
 from atlas_lib.sweep import definition
-from atlas_lib.sweep.definition import Sweep
-from tools import sweep_storage, sweep_study, sweep_trial
+from tools import sweep_study, sweep_trial
+from tools.sweep_study import OpenStudy
+from tools.sweep_trial import Place
 
 WORKERS = "ATLAS_SWEEP_WORKERS"  # how many share this machine
-POLL = 2.0  # seconds between looks at what others do
+POLL = 2.0  # seconds
 
 
-def work(study: Any, sweep: Sweep, held: Any, home: Path) -> None:
-    """Claim and run trials until there is nothing left, waiting while others are at work."""
+def run_worker(opened: OpenStudy) -> None:
+    """Run trials until none is left; wait while the last ones run, in case they are interrupted."""
     with contextlib.ExitStack() as stack:
-        slot, environment = take_slot(stack, sweep, home)
-        environment |= {"WANDB_RUN_GROUP": study.study_name}
-        waiting = False
-        while True:
-            begun = time.monotonic()
-            claimed = sweep_study.claim(study, sweep, held)
-            if isinstance(claimed, str):
-                print(f"worker {os.getpid()} ends: {claimed}", flush=True)
-                return
-            if claimed:
-                asked = time.monotonic() - begun
-                with claimed.lease:
-                    locks = [slot, claimed.file]
-                    one_trial(study, sweep, claimed.trial, home, environment, locks, asked)
-            elif not waiting:
-                print(f"worker {os.getpid()} waits: the last trials are running", flush=True)
-            waiting = claimed is None
-            time.sleep(POLL if waiting else 0)
+        place = take_device(stack, opened)
+        while not (reason := sweep_study.why_over(opened)):
+            if not sweep_study.run_next(opened, functools.partial(evaluate, opened, place)):
+                time.sleep(POLL)
+    print(f"worker {os.getpid()} ends: {reason}", flush=True)
 
 
-def one_trial(study, sweep, trial, home, environment, locks, asked: float) -> None:
-    """Run a trial's seeds and record them; its error, if it has one, stops nothing else."""
-    point = ", ".join(f"{k}={v}" for k, v in definition.point(sweep, trial.params).items())
-    print(f"trial {trial.number}: {point}", flush=True)
+def evaluate(opened: OpenStudy, place: Place, trial: Trial) -> float:
+    """The objective of a trial: the mean over its seeds. Raises TrialError."""
+    point, sweep = trial.user_attrs[sweep_study.POINT], opened.sweep
+    values = ", ".join(f"{k}={v}" for k, v in definition.point(sweep, trial.params).items())
+    print(f"trial {point}: {values}", flush=True)
     try:
-        runs = run_seeds(sweep, trial, home, environment, locks, asked)
-        value = sweep_trial.objective(sweep, runs)
-        counted = sweep_study.complete(study, trial, value)
-    except UpdateFinishedTrialError:
-        counted = False
-    except (SystemExit, KeyboardInterrupt):
-        sweep_study.stopped(trial)
-        raise
+        for seed in sweep.seeds:
+            if str(seed) not in sweep_study.finished_runs(trial):
+                found = sweep_trial.run_seed(place, point, trial.params, seed)
+                trial.set_user_attr(f"{sweep_study.SEED}{seed}", found)
+    except UpdateFinishedTrialError:  # taken over by another worker, which goes on with it
+        return math.nan
     except (RuntimeError, ValueError, OSError) as error:
-        print(f"trial {trial.number} failed: {error}", flush=True)
-        seconds = sweep_trial.unrecorded_seconds(sweep, home, trial)
-        with contextlib.suppress(UpdateFinishedTrialError):
-            sweep_study.fail(study, trial._trial_id, str(error), seconds)
-        return
-    if not counted:
-        print(f"trial {trial.number} was ended by another worker: not counted again", flush=True)
-        return
-    done = f"trial {trial.number}: {sweep.objective.metric} {value:.4f}"
-    print(f"{done}; {progress(study, sweep)}", flush=True)
+        print(f"trial {point} failed: {error}", flush=True)
+        trial.set_user_attr(sweep_study.ERROR, str(error))
+        raise sweep_study.TrialError(str(error)) from error
+    except sweep_trial.RunKilledError as error:
+        print(f"trial {point} is queued again: {error}", flush=True)
+        raise sweep_study.TrialError(str(error)) from error
+    runs = sweep_study.finished_runs(trial).values()
+    value = statistics.mean(run[sweep.objective.metric] for run in runs)
+    print(f"trial {point}: {sweep.objective.metric} {value:.4f}; {progress(opened)}", flush=True)
+    return value
 
 
-def run_seeds(sweep, trial, home, environment, locks, asked: float) -> list[dict]:
-    """The results of all seeds; those that an earlier worker has recorded are kept."""
-    runs = sweep_study.runs(trial)
-    for seed in (seed for seed in sweep.seeds if str(seed) not in runs):
-        found = sweep_trial.measure(
-            sweep, trial.number, trial.params, seed, home, environment, locks
-        )
-        runs[str(seed)] = found | {"ask_seconds": asked if not runs else 0.0}
-        trial.set_user_attr(f"{sweep_study.SEED}{seed}", runs[str(seed)])
-    return list(runs.values())
+def progress(opened: OpenStudy) -> str:
+    """How many trials have ended, this one included, and how long the rest may take."""
+    trials = opened.study.get_trials(deepcopy=False)
+    ended = 1 + sum(map(sweep_study.has_ended, sweep_study.counted(opened.study).values()))
+    total = len(definition.planned(opened.sweep))
+    workers = sum(trial.state.name == "RUNNING" for trial in trials)
+    left = sweep_study.device_seconds(trials) / ended * (total - ended) / workers
+    return f"{ended} of {total} trials have ended, about {left / 60:.0f} min left"
 
 
-def progress(study: Any, sweep: Sweep) -> str:
-    """How many trials ended, and how long the rest may take at the pace so far."""
-    trials = study.get_trials(deepcopy=False)
-    ended = [t for t in trials if t.state.is_finished()]
-    total = definition.n_trials(sweep) + len(sweep_study.retried(trials))
-    elapsed = max(t.datetime_complete for t in ended) - min(t.datetime_start for t in ended)
-    left = elapsed.total_seconds() / len(ended) * (total - len(ended))
-    return f"{len(ended)} of {total} ended, about {left / 60:.0f} min left"
+# --- devices --------------------------------------------------------------------------------------
+
+
+def take_device(stack: contextlib.ExitStack, opened: OpenStudy) -> Place:
+    """A GPU that no other sweep uses, or a share of the cores, kept until `stack` ends."""
+    devices, waited = list_devices(opened), False
+    while True:
+        for path, environment in devices.items():
+            with contextlib.suppress(filelock.Timeout):
+                stack.enter_context(filelock.FileLock(path, blocking=False))
+                group = {"WANDB_RUN_GROUP": opened.study.study_name}
+                lock = path.with_suffix(".run")
+                return Place(opened.sweep, opened.home, environment | group, lock)
+        if not waited:
+            print(f"worker {os.getpid()} waits for one of {len(devices)} devices", flush=True)
+        waited = True
+        time.sleep(POLL)
+
+
+def list_devices(opened: OpenStudy) -> dict[Path, dict[str, str]]:
+    """{lock file: environment}: of each GPU, or of as many shares of the cores as workers."""
+    if names := gpus():
+        cache = Path(platformdirs.user_cache_dir("atlas")) / "gpus"
+        return {cache / f"{name}.lock": {"CUDA_VISIBLE_DEVICES": name} for name in names}
+    workers = int(os.environ.get(WORKERS, opened.sweep.workers or 1))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    return {opened.home / "slots" / f"{number}.lock": threads for number in range(workers)}
 
 
 def gpus() -> list[str]:
-    """The GPUs that this user may use, by name: with a number, 04 would spread over all of them."""
+    """The GPUs that this user may use, by UUID: given index 0, notebook 04 would use all GPUs."""
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -100,26 +108,3 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(names)).split(",")
     known = {str(number): name for number, name in enumerate(names)} | {n: n for n in names}
     return [known[gpu] for gpu in visible if gpu in known]
-
-
-def take_slot(stack: contextlib.ExitStack, sweep: Sweep, home: Path) -> tuple[Any, dict[str, str]]:
-    """(held lock file, environment): a GPU of one's own, or a share of the cores. Waits for one."""
-    workers, there = int(os.environ.get(WORKERS, sweep.workers or 1)), gpus()
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    cache = Path(platformdirs.user_cache_dir("atlas")) / "gpus"
-    slots = {cache / f"{gpu}.lock": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in there}
-    own = {home / "slots" / f"{n}.lock": {"OMP_NUM_THREADS": threads} for n in range(workers)}
-    told = False
-    while True:
-        for path, environment in (slots or own).items():
-            attempt = contextlib.ExitStack()
-            if file := attempt.enter_context(sweep_storage.file_lock(path, wait=False)):
-                stack.enter_context(attempt)
-                return file, environment
-            attempt.close()
-        if not told:
-            print(
-                f"worker {os.getpid()} waits for a free place among {len(slots or own)}", flush=True
-            )
-        told = True
-        time.sleep(POLL)

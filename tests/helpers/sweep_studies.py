@@ -1,21 +1,27 @@
 """Studies of trivial trials in real processes, for the tests and the benchmark of sweeps."""
 
-import json
+import contextlib
 import os
 import random
-import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import psutil
+import yaml
 from optuna.trial import TrialState
+from trivial_run import loss
 
-from atlas_lib.config import load_config
 from atlas_lib.sweep import definition
-from tools import sweep_storage, sweep_study
+from tools import sweep_study
 
 ROOT = Path(__file__).resolve().parents[2]
+# Heartbeats every second: a killed worker's trial is taken over after four.
+ENVIRONMENT = {"ATLAS_SWEEP_RUNNER": "tests.helpers.trivial_run", "ATLAS_SWEEP_HEARTBEAT": "1"}
+sweep_study.HEARTBEAT = int(ENVIRONMENT["ATLAS_SWEEP_HEARTBEAT"])
 TRIVIAL = {
     "config": "sft_qwen05b",
     "overlay": "offline",
@@ -26,14 +32,17 @@ TRIVIAL = {
     "objective": {"metric": "validation_loss", "direction": "minimize"},
     "stages": ["03_sft_train"],
     "prompts": "embedded:dev",
-    "runner": "tests.helpers.trivial_run",
 }
 
 
-def command(*arguments, **options) -> subprocess.Popen:
-    given = [sys.executable, "-m", "tools.sweep", *map(str, arguments)]
+def command(*arguments, **environment) -> subprocess.Popen:
     return subprocess.Popen(
-        given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        [sys.executable, "-m", "tools.sweep", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | ENVIRONMENT | environment,
     )
 
 
@@ -43,58 +52,94 @@ def finished(process: subprocess.Popen) -> str:
 
 
 class Study:
-    """A study on the journal file, as a session sees it that starts no processes."""
+    """A study as a process sees it that starts no workers."""
 
-    def __init__(self, home: Path, storage: str = "", name: str = "trivial", **changes):
-        self.home, self.url, self.name = home, storage, name
+    def __init__(self, home: Path, url: str = "", name: str = "trivial", **changes):
+        self.home, self.url, self.name, self.changes = home, url, name, changes
         self.sweep = definition.validate(TRIVIAL | {"name": name} | changes)
-        self.storage = sweep_storage.open_storage(storage, home)
-        digest = load_config(self.sweep.config, self.sweep.overlay, self.sweep.set).digest()
-        self.study = sweep_study.create(name, self.sweep, self.storage, digest)
-        self.held = sweep_storage.locks(self.storage, self.study, home)
-
-    def claim(self):
-        return sweep_study.claim(self.study, self.sweep, self.held)
+        storage = sweep_study.open_storage(url, home)
+        self.opened = sweep_study.create(name, self.sweep, storage, home)
+        self.study = self.opened.study
 
     def worker(self, **environment) -> subprocess.Popen:
-        environment = os.environ | {"ATLAS_SWEEP_STORAGE": self.url} | environment
-        return command("work", "--study", self.name, "--home", self.home, env=environment)
+        arguments = ("work", "--study", self.name, "--home", self.home)
+        return command(*arguments, ATLAS_SWEEP_STORAGE=self.url, **environment)
+
+    def run(self, *options) -> subprocess.Popen:
+        """The whole command, which starts the workers and writes the report."""
+        path = self.home.with_name(f"{self.name}.yaml")
+        path.write_text(yaml.safe_dump(TRIVIAL | self.changes), "utf-8")
+        arguments = ("run", path, "--home", self.home, *options)
+        return command(*arguments, ATLAS_SWEEP_STORAGE=self.url)
 
     def trials(self, *states):
         return self.study.get_trials(deepcopy=False, states=states or None)
 
+    def take(self, evaluate=lambda trial: 1.0) -> bool:
+        """Take a trial in this process and give it a value without running anything."""
+        return sweep_study.run_next(self.opened, evaluate)
+
     def each_point_once(self) -> bool:
-        done = self.trials(TrialState.COMPLETE)
-        points = {json.dumps(t.params, sort_keys=True) for t in done}
-        return len(done) == len(points) == definition.n_trials(self.sweep)
+        """Whether every point is complete once, with the value of an undisturbed sweep."""
+        done, wanted = self.trials(TrialState.COMPLETE), definition.planned(self.sweep)
+        found = [(sorted(trial.params.items()), trial.value) for trial in done]
+        return sorted(found) == sorted((sorted(p.items()), self.value_of(p)) for p in wanted)
+
+    def value_of(self, params: dict) -> float:
+        given = self.sweep.set | params
+        rate, rank, seeds = given["train.learning_rate"], given["lora.r"], self.sweep.seeds
+        return statistics.mean(loss(rate, rank, seed) for seed in seeds)
+
+    def events(self) -> dict[tuple[int, int], list[str]]:
+        """{(point, seed): what happened in its folder}."""
+        return {
+            (
+                int(path.parts[-3]),
+                int(path.parts[-2].removeprefix("seed-")),
+            ): path.read_text().split()
+            for path in self.home.glob("trials/*/*/seed-*.events")
+        }
+
+    def count(self, event: str) -> int:
+        return Counter(e for events in self.events().values() for e in events)[event]
 
 
-def starts(study: Study) -> dict[int, int]:
-    """How often the runner was started, by trial."""
-    found = study.home.glob("trials/*/seed-1/starts.txt")
-    return {int(p.parent.parent.name): len(p.read_text().splitlines()) for p in found}
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition, what: str = "it") -> None:
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, f"{what} did not happen"
         time.sleep(0.05)
 
 
-def kill_at_random(study: Study, workers: int, kills: int, seed: int) -> None:
-    """Work with several workers, kill -9 one of them now and then, and replace it."""
-    chance = random.Random(seed)
-    environment = {"ATLAS_SWEEP_WORKERS": str(workers)}
-    running = [study.worker(**environment) for _ in range(workers)]
-    deadline = time.monotonic() + 300
-    while any(process.poll() is None for process in running) and time.monotonic() < deadline:
-        time.sleep(chance.uniform(0.2, 1.2))
-        victim = chance.choice(running)
-        if kills and victim.poll() is None and study.trials():
-            os.kill(victim.pid, signal.SIGKILL)
-            victim.wait()
-            running[running.index(victim)] = study.worker(**environment)
-            kills -= 1
-    assert not kills, "the sweep was over before the last kill"
-    assert [process.wait(timeout=60) for process in running] == [0] * workers
+def kill_at_random(study: Study, workers: int, kills: int, seed: int) -> Counter:
+    """Run the sweep, kill -9 a worker, the supervisor or all now and then, and run it again."""
+    chance, killed = random.Random(seed), Counter()
+    supervisors = [study.run("--workers", str(workers))]  # all kept: orphans write into their pipes
+    while killed.total() < kills:
+        before = study.count("started")
+        wait_for(lambda before=before: study.count("started") > before, f"a start after {killed}")
+        time.sleep(chance.uniform(0, 0.5))
+        kind = chance.choice(["worker", "worker", "worker", "supervisor", "all"])
+        victims = processes_of(study, {"worker": "work", "supervisor": "run", "all": ""}[kind])
+        for process in (
+            chance.sample(victims, min(1, len(victims))) if kind == "worker" else victims
+        ):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        killed[kind] += bool(victims)
+        if kind != "worker":
+            supervisors[-1].wait()
+            supervisors.append(study.run("--workers", str(workers)))
+    output = finished(supervisors[-1])
+    assert supervisors[-1].returncode == 0, output
+    return killed
+
+
+def processes_of(study: Study, role: str) -> list[psutil.Process]:
+    """The sweep's processes with this subcommand, orphans included; "" for all of them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(str(study.home) in word for word in words) and role in (*words, ""):
+            found.append(process)
+    return found

@@ -1,7 +1,8 @@
 """A runner for sweeps that takes the arguments of tools.run and needs no model.
 
-It writes what 03 would: a validation loss that the overrides decide. `label` tells it how to
-behave: sleep so many seconds, or fail with those words.
+It writes what 03 would: a validation loss that the overrides decide. `label` may tell it to sleep
+so many seconds, to fail for some ranks, or to kill its notebook's process once for some ranks.
+Each start, each end and each overlap with another run in the same folder is a line of a file.
 """
 
 import argparse
@@ -11,8 +12,55 @@ import sys
 import time
 from pathlib import Path
 
-from atlas_lib import artifacts
+import nbformat
+import psutil
+
+from atlas_lib import artifacts, notebooks
 from atlas_lib.config import parse_assignments
+
+
+def loss(rate: float, rank: int, seed: int) -> float:
+    return rate * 1000 + rank / 100 + seed / 1e6
+
+
+def events(out: Path) -> Path:
+    return (
+        out / f"{out.name}.events"
+    )  # another name than in the folder that this one was copied from
+
+
+def log_event(out: Path, event: str) -> None:
+    with events(out).open("a") as file:
+        file.write(f"{event}\n")
+
+
+def log_start(out: Path) -> None:
+    other = out / "pid"
+    overlaps = other.is_file() and is_alive(int(other.read_text() or -1))
+    log_event(out, "overlapped" if overlaps else "started")
+    other.write_text(str(os.getpid()))
+
+
+def log_end(out: Path) -> None:
+    (out / "pid").unlink(missing_ok=True)
+    log_event(out, "ended")
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def kill_notebook(out: Path) -> None:
+    """Execute a notebook that kills its own process, as happens when the memory is full."""
+    notebooks.FOLDER = out
+    cell = nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
+    nbformat.write(notebook, out / "deadly.ipynb")
+    try:
+        notebooks.execute("deadly", out, {})
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
 
 
 def main() -> None:
@@ -22,21 +70,22 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
-    values = parse_assignments(args.set)
-    out = Path(args.out)
-    with (out / "starts.txt").open("a") as file:
-        file.write("started\n")
+    values, out = parse_assignments(args.set), Path(args.out)
+    first = not events(out).is_file()
+    log_start(out)
     given = {name: os.environ.get(name) for name in ("WANDB_RUN_GROUP", "WANDB_NAME")}
     artifacts.write_json(out / "environment.json", given)
     does = json.loads(values["label"]) if "label" in values else {}
     time.sleep(does.get("sleep", 0))
     if "03_sft_train" in args.stages and values["lora.r"] in does.get("fails", []):
         sys.exit(f"error: rank {values['lora.r']} was told to fail")
-    loss = float(values["train.learning_rate"]) * 1000 + values["lora.r"] / 100
-    loss += values["train.seed"] / 1e6
+    if "03_sft_train" in args.stages and first and values["lora.r"] in does.get("dies", []):
+        kill_notebook(out)
+    value = loss(float(values["train.learning_rate"]), values["lora.r"], values["train.seed"])
     stage = out / "03_sft_train"
-    artifacts.write_json(stage / "summary.json", {"validation_loss": loss})
-    artifacts.write_jsonl(stage / "train_log.jsonl", [{"step": 1, "loss": 2 * loss}])
+    artifacts.write_json(stage / "summary.json", {"validation_loss": value})
+    artifacts.write_jsonl(stage / "train_log.jsonl", [{"step": 1, "loss": 2 * value}])
+    log_end(out)
 
 
 if __name__ == "__main__":

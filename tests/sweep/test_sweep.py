@@ -1,56 +1,61 @@
-"""Sweeps: what a file may say, who works on what, and that nothing is lost, doubled or peeked at.
+"""Sweeps: what a file may hold, and that workers lose nothing and double nothing.
 
-Studies here run in real processes on the journal file, with a runner that needs no model
-(trivial_run.py); test_sweep_postgres.py does the same on a database server.
+Studies run in real processes on SQLite, with a runner that needs no model (trivial_run.py);
+test_sweep_postgres.py runs them on a database server.
 """
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
+import jupytext
 import optuna
-import psutil
 import pytest
 import yaml
-from sweep_studies import TRIVIAL, Study, command, finished, kill_at_random, starts, wait_for
+from optuna.trial import TrialState
+from sweep_studies import (
+    TRIVIAL,
+    Study,
+    command,
+    finished,
+    kill_at_random,
+    processes_of,
+    wait_for,
+)
 
 from atlas_lib.config import CONFIGS, load_config
 from atlas_lib.evaluate import ifeval
 from atlas_lib.sweep import analysis, definition
-from tools import dev_prompts, sweep_storage, sweep_study, sweep_trial, sweep_worker
+from tools import dev_prompts, sweep, sweep_study, sweep_trial, sweep_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFICIAL_PROMPTS = ROOT.parent / "shared" / "data" / "ifeval_input_data.jsonl"
-COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
+COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
+ONE_POINT = {"space": {"lora.r": [4]}, "set": {"train.learning_rate": 1e-3}}
+SLOW = {"space": {"lora.r": [4]}, "set": {"label": '{"sleep": 3}', "train.learning_rate": 1e-3}}
 
 # --- the files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", definition.available())
+@pytest.mark.parametrize("name", definition.sweep_names())
 def test_a_shipped_sweep_is_valid(name):
-    sweep = definition.load(name)
-    config = load_config(
-        sweep.config,
-        sweep.overlay,
-        definition.overrides(
-            sweep, {k: definition.encode(v[0]) for k, v in sweep.space.items()}, 7
-        ),
-    )
-    assert config.eval.prompts == sweep.prompts
+    found = definition.load_sweep(name)
+    params = {key: definition.to_stored(values[0]) for key, values in found.space.items()}
+    overrides = definition.trial_overrides(found, params, 7)
+    config = load_config(found.config, found.overlay, overrides)
+    assert config.eval.prompts == found.prompts
     assert config.output.hub_repo is None
     assert config.train.seed == 7
     assert config.eval.formats == ["chat"]
 
 
-def test_the_shipped_sweeps_ask_what_they_say():
-    assert {"lr_rank", "targets", "rows", "lr_rank_offline"} == set(definition.available())
-    assert definition.load("lr_rank").space == {
+def test_the_shipped_sweeps_hold_what_they_say():
+    assert {"lr_rank", "targets", "rows", "lr_rank_offline"} == set(definition.sweep_names())
+    assert definition.load_sweep("lr_rank").space == {
         "train.learning_rate": [5e-5, 1e-4, 2e-4, 5e-4],
         "lora.r": [8, 16, 32],
     }
-    assert definition.n_trials(definition.load("lr_rank_offline")) <= 12
+    assert len(definition.planned(definition.load_sweep("lr_rank_offline"))) <= 12
 
 
 ERRORS = {
@@ -60,7 +65,7 @@ ERRORS = {
     "a section": ({"space": {"lora": [{"r": 4}]}}, "lora is a section"),
     "wrong type": ({"space": {"lora.r": ["many"]}}, "lora.r is 'many'"),
     "empty space": ({"space": {}}, "space is {}"),
-    "empty values": ({"space": {"lora.r": []}}, "space.lora.r is empty"),
+    "empty values": ({"space": {"lora.r": []}}, "space.lora.r must be a list"),
     "one value, no list": ({"space": {"lora.r": 4}}, "space.lora.r must be a list"),
     "duplicates": ({"space": {"lora.r": [4, 8, 4]}}, "space.lora.r lists 4 twice"),
     "duplicates in words": (
@@ -75,9 +80,9 @@ ERRORS = {
         {"space": {"train.learning_rate": {"log_uniform": [1e-4, 1e-3]}}},
         "a grid cannot list",
     ),
-    "an objective nobody writes": (
+    "an unknown objective": (
         {"objective": {"metric": "accuracy", "direction": "maximize"}},
-        "'accuracy', which no stage writes",
+        "objective.metric is 'accuracy'; known metrics",
     ),
     "an objective of a stage not run": (
         {"objective": {"metric": "dev_strict", "direction": "maximize"}},
@@ -89,7 +94,7 @@ ERRORS = {
     ),
     "the wrong direction": (
         {"objective": {"metric": "validation_loss", "direction": "maximize"}},
-        "would take the worst; minimize validation_loss",
+        "must be minimize for validation_loss",
     ),
     "negative budget": ({"budget": {"trials": -3}}, "budget.trials is -3"),
     "no hours": ({"budget": {"hours": 0}}, "budget.hours is 0"),
@@ -114,7 +119,7 @@ ERRORS = {
             "space": {"lora.bias": ["none", "all"]},
             "multiples": {"lora.lora_alpha": {"of": "lora.bias", "times": 2}},
         },
-        "follows lora.bias, which is no number",
+        "follows lora.bias, which is not a number",
     ),
     "unknown overlay": ({"overlay": "nope"}, "Unknown config 'nope'"),
 }
@@ -134,17 +139,34 @@ def test_a_file_without_a_key_says_which():
         definition.validate({k: v for k, v in TRIVIAL.items() if k != "objective"} | {"name": "x"})
 
 
+def test_an_unknown_or_empty_file_names_the_sweeps_there_are(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    for name in ("nope", str(tmp_path / "empty.yaml")):
+        with pytest.raises(ValueError, match=r"is not a sweep file .* lr_rank, lr_rank_offline"):
+            definition.load_sweep(name)
+
+
 def test_a_rank_takes_its_alpha_along():
-    sweep = definition.load("lr_rank")
-    chosen = definition.overrides(sweep, {"train.learning_rate": 1e-4, "lora.r": 32}, seed=1)
+    chosen = definition.trial_overrides(
+        definition.load_sweep("lr_rank"), {"train.learning_rate": 1e-4, "lora.r": 32}, seed=1
+    )
     assert chosen["lora.lora_alpha"] == 64
 
 
 def test_a_list_survives_the_storage():
-    sweep = definition.load("targets")
-    seven = sweep.space["lora.target_modules"][1]
-    stored = {"lora.target_modules": definition.encode(seven)}
-    assert definition.overrides(sweep, stored, 1)["lora.target_modules"] == seven
+    found = definition.load_sweep("targets")
+    seven = found.space["lora.target_modules"][1]
+    stored = {"lora.target_modules": definition.to_stored(seven)}
+    assert definition.trial_overrides(found, stored, 1)["lora.target_modules"] == seven
+
+
+def test_a_smaller_budget_tries_a_part_and_a_larger_one_the_rest():
+    few, all_ = (
+        definition.validate(TRIVIAL | {"name": "x", "budget": budget})
+        for budget in ({"trials": 3}, {})
+    )
+    assert definition.planned(few) == definition.planned(all_)[:3]
+    assert len(definition.planned(all_)) == 4
 
 
 # --- the dev prompts ------------------------------------------------------------------------------
@@ -152,7 +174,7 @@ def test_a_list_survives_the_storage():
 
 def test_the_dev_prompts_are_the_ones_that_their_script_writes():
     rows = [json.loads(line) for line in dev_prompts.PATH.read_text("utf-8").splitlines()]
-    assert rows == dev_prompts.prompts()
+    assert rows == dev_prompts.dev_prompts()
 
 
 def test_the_dev_prompts_are_usable_and_all_different():
@@ -164,148 +186,148 @@ def test_no_dev_prompt_is_a_test_prompt():
     if not OFFICIAL_PROMPTS.is_file():
         pytest.skip(f"NOT TESTED: IFEval's own prompts are not at {OFFICIAL_PROMPTS}")
     official = {p["prompt"].strip() for p in ifeval.load_prompts(str(OFFICIAL_PROMPTS), None)}
-    assert not official & {p["prompt"].strip() for p in dev_prompts.prompts()}
+    assert not official & {p["prompt"].strip() for p in dev_prompts.dev_prompts()}
 
 
 # --- studies --------------------------------------------------------------------------------------
 
 
-def write_sweep(folder: Path, **changes) -> Path:
-    path = folder / "trivial.yaml"
-    path.write_text(yaml.safe_dump(TRIVIAL | changes), "utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A study that one worker has gone through, and what the worker said."""
+    """A study that one worker has finished, and what the worker printed."""
     study = Study(tmp_path_factory.mktemp("sweep") / "home")
     return study, finished(study.worker())
 
 
 def test_a_sweep_runs_each_point_and_seed_once(swept):
     study, output = swept
-    assert "every trial is taken" in output
+    assert "every trial has ended" in output
     assert study.each_point_once()
-    assert starts(study) == {0: 1, 1: 1, 2: 1, 3: 1}
-    for trial in study.trials():
-        losses = [run["validation_loss"] for run in sweep_study.runs(trial).values()]
-        assert trial.value == pytest.approx(sum(losses) / 2)
-        assert len(set(losses)) == 2
+    assert set(study.events()) == {(point, seed) for point in range(4) for seed in (1, 2)}
+    assert all(events == ["started", "ended"] for events in study.events().values())
     assert study.study.best_params == {"train.learning_rate": 1e-3, "lora.r": 4}
 
 
 def test_nothing_is_left_for_another_worker(swept):
-    assert "every trial is taken" in swept[0].claim()
+    assert not swept[0].take()
 
 
 def test_trials_are_runs_of_one_group(swept):
-    told = [json.loads(p.read_bytes()) for p in swept[0].home.glob("trials/*/*/environment.json")]
-    assert {environment["WANDB_RUN_GROUP"] for environment in told} == {"trivial"}
-    assert len({environment["WANDB_NAME"] for environment in told}) == 8
+    paths = swept[0].home.glob("trials/*/*/environment.json")
+    environments = [json.loads(path.read_bytes()) for path in paths]
+    assert {environment["WANDB_RUN_GROUP"] for environment in environments} == {"trivial"}
+    assert len({environment["WANDB_NAME"] for environment in environments}) == 8
 
 
 def test_shared_stages_are_built_once(swept):
-    [shared] = (swept[0].home / "shared").glob("*/starts.txt")
-    assert shared.read_text() == "started\n"
+    [shared] = swept[0].home.glob("shared/*/*.events")
+    assert shared.read_text().split() == ["started", "ended"]
 
 
-def test_killed_workers_lose_and_double_nothing(tmp_path):
-    rates = [n * 1e-3 for n in range(1, 13)]
-    study = Study(
-        tmp_path / "home",
-        space={"train.learning_rate": rates, "lora.r": [4, 8]},
-        seeds=[1],
-        set={"label": '{"sleep": 0.1}'},
-    )
-    kill_at_random(study, workers=3, kills=5, seed=0)
+@pytest.mark.slow
+def test_20_kills_lose_and_double_nothing(tmp_path):
+    rates = [n * 1e-3 for n in range(1, 31)]
+    space, label = {"train.learning_rate": rates, "lora.r": [4, 8]}, '{"sleep": 1}'
+    study = Study(tmp_path / "home", space=space, seeds=[1], set={"label": label})
+    kill_at_random(study, workers=4, kills=20, seed=0)
     assert study.each_point_once()
-    assert len(study.trials()) == 24  # an interrupted trial is taken over, not replaced
+    assert study.count("started") > 60
+    assert not study.count("overlapped")
+    assert (study.home / "notebooks" / "05_sweep_report.ipynb").is_file()
 
 
-def test_a_lost_trial_is_taken_over_in_its_own_folder(tmp_path):
-    study = Study(tmp_path / "home", seeds=[1], space={"lora.r": [4]}, set=SLOW)
-    first = study.worker()
-    wait_for(lambda: starts(study) == {0: 1})
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    # Its run goes on by itself and keeps the trial, so that two never write into one folder.
-    assert study.claim() is None
-    assert finished(study.worker())
-    [trial] = study.trials()
-    assert trial.state == COMPLETE
-    assert trial.user_attrs["deaths"] == 1
-    assert starts(study) == {0: 2}
-
-
-SLOW = {"label": '{"sleep": 3}', "train.learning_rate": 1e-3}
-
-
-def test_a_seed_that_is_recorded_is_not_run_again(tmp_path):
-    study = Study(tmp_path / "home", space={"lora.r": [4]}, set=SLOW)
+def test_a_killed_workers_trial_waits_for_its_run_and_keeps_its_seeds(tmp_path):
+    longer_than_a_takeover = {"label": '{"sleep": 7}', "train.learning_rate": 1e-3}
+    study = Study(tmp_path / "home", space={"lora.r": [4]}, set=longer_than_a_takeover)
     worker = study.worker()
-    second = tmp_path / "home" / "trials" / "0000" / "seed-2" / "starts.txt"
-    wait_for(second.is_file)
-    os.kill(worker.pid, signal.SIGKILL)
+    wait_for(lambda: (0, 2) in study.events())
+    worker.kill()
     worker.wait()
+    assert not study.take()  # its heartbeat is too young
     finished(study.worker())
     assert study.each_point_once()
-    assert starts(study) == {0: 1}
-    assert second.read_text() == "started\n" * 2
+    assert [trial.state for trial in study.trials()] == [FAIL, COMPLETE]
+    assert study.events()[0, 1] == ["started", "ended"]
+    assert study.events()[0, 2] == ["started", "ended"] * 2  # the lost run went on to its end
 
 
-def test_a_run_that_is_killed_is_done_again(tmp_path):
-    study = Study(tmp_path / "home", seeds=[1], space={"lora.r": [4]}, set=SLOW)
+def test_a_worker_killed_before_its_first_heartbeat_loses_nothing(tmp_path):
+    study = Study(tmp_path / "home", **ONE_POINT)
+    sweep_study.queue_next(study.opened)
+    study.study.ask()
+    assert study.take()
+    assert [trial.state for trial in study.trials()] == [FAIL, COMPLETE]
+
+
+def test_a_worker_killed_while_it_queues_a_lost_trial_loses_nothing(tmp_path):
+    study = Study(tmp_path / "home", **ONE_POINT)
+    sweep_study.queue_next(study.opened)
+    study.study.tell(study.study.ask().number, state=FAIL)
+    assert study.take()
+    assert not study.take()
+
+
+def test_a_run_or_a_notebook_that_is_killed_is_done_again(tmp_path):
+    label = '{"sleep": 2, "dies": [8]}'
+    space, rate = {"lora.r": [4, 8]}, {"train.learning_rate": 1e-3}
+    study = Study(tmp_path / "home", seeds=[1], space=space, set={"label": label} | rate)
     worker = study.worker()
-    wait_for(lambda: starts(study) == {0: 1})
-    [run] = psutil.Process(worker.pid).children()
-    run.kill()
-    assert "failed" not in finished(worker)
-    assert study.each_point_once()
-    assert starts(study) == {0: 2}
+    wait_for(lambda: (0, 1) in study.events())
+    for run in processes_of(study, "tools.sweep_trial"):
+        run.kill()
+    output = finished(worker)
+    assert "failed" not in output
+    assert output.count("is queued again: its process was killed") == 2
+    assert [trial.state for trial in study.trials()].count(COMPLETE) == 2
 
 
-def test_the_runner_says_that_a_notebook_was_killed_as_the_sweep_expects():
-    assert sweep_trial.KILLED in (ROOT / "atlas_lib" / "notebooks.py").read_text("utf-8")
-
-
-def test_stopping_a_worker_stops_its_run_and_is_no_death(tmp_path):
-    study = Study(tmp_path / "home", seeds=[1], space={"lora.r": [4]}, set=SLOW)
+def test_a_stopped_worker_stops_its_run_and_its_trial_is_free_at_once(tmp_path):
+    study = Study(tmp_path / "home", seeds=[1], **SLOW)
     worker = study.worker()
-    wait_for(lambda: starts(study) == {0: 1})
+    wait_for(lambda: (0, 1) in study.events())
     worker.terminate()
-    assert "the same command goes on" in finished(worker)
-    claimed = study.claim()  # at once: nobody holds it any more
-    assert claimed.trial.number == 0
-    assert claimed.trial.user_attrs["deaths"] == 0
-    claimed.lease.close()
+    assert "the same command resumes it" in finished(worker)
+    assert not processes_of(study, "tools.sweep_trial")
+    assert study.take()
+    assert study.events() == {(0, 1): ["started"]}
 
 
-def test_what_kills_every_worker_is_given_up(tmp_path):
-    study = Study(tmp_path / "home", space={"lora.r": [4]}, set={"train.learning_rate": 1e-3})
-    for _ in range(sweep_study.MOST_DEATHS + 1):
-        study.claim().lease.close()  # the lease ends, the trial has not: as after a kill
-    assert "every trial is taken" in study.claim()
-    [trial] = study.trials()
-    assert trial.state == FAIL
-    assert "died" in trial.user_attrs["error"]
+def test_what_interrupts_every_worker_is_given_up(tmp_path):
+    def interrupt(trial):
+        raise sweep_study.TrialError
+
+    study = Study(tmp_path / "home", **ONE_POINT)
+    for _ in range(sweep_study.MAX_RETRIES + 1):
+        assert study.take(interrupt)
+    assert not study.take(interrupt)
+    assert "interrupted" in sweep_study.error_of(study.trials()[-1])
+    assert sweep_study.retry_failed(study.opened) == 1
+    assert study.take()
 
 
-def test_a_held_trial_is_nobody_elses(tmp_path):
-    study = Study(tmp_path / "home", space={"lora.r": [4]}, set={"train.learning_rate": 1e-3})
-    first = study.claim()
-    assert study.claim() is None
-    with first.lease:
-        assert sweep_study.complete(study.study, first.trial, 1.0)
-    assert "every trial is taken" in study.claim()
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_trial_that_was_taken_over_is_not_counted_twice(value, tmp_path, capsys):
+    def lose(trial):
+        study.study.tell(trial.number, state=FAIL)
+        return value
+
+    study = Study(tmp_path / "home", **ONE_POINT)
+    assert study.take(lose)
+    assert "taken over by another worker" in capsys.readouterr().out
+    assert study.take(lambda trial: 2.0)
+    assert [trial.value for trial in study.trials()] == [None, 2.0]
 
 
-def test_a_trial_that_another_worker_ended_is_not_counted_again(tmp_path):
-    study = Study(tmp_path / "home", space={"lora.r": [4]}, set={"train.learning_rate": 1e-3})
-    claimed = study.claim()
-    assert sweep_study.complete(study.study, claimed.trial, 1.0)
-    assert not sweep_study.complete(study.study, claimed.trial, 2.0)
-    assert study.study.best_value == 1.0
+def test_an_error_of_the_sweep_itself_is_not_taken_for_a_lost_trial(tmp_path):
+    study = Study(tmp_path / "home", **ONE_POINT)
+    with pytest.raises(ZeroDivisionError):
+        study.take(lambda trial: 1 / 0)
+
+
+def test_two_processes_never_take_one_trial(tmp_path):
+    study = Study(tmp_path / "home", **ONE_POINT)
+    assert study.take(lambda trial: float(Study(tmp_path / "home", **ONE_POINT).take()))
+    assert [trial.value for trial in study.trials()] == [0.0]
 
 
 def test_a_failed_trial_has_its_error_and_stops_nothing(tmp_path):
@@ -313,97 +335,95 @@ def test_a_failed_trial_has_its_error_and_stops_nothing(tmp_path):
     output = finished(study.worker())
     assert "failed: rank 8 was told to fail" in output
     assert len(study.trials(COMPLETE)) == 2
-    assert {t.user_attrs["error"] for t in study.trials(FAIL)} == {"rank 8 was told to fail"}
-    assert all(sweep_study.spent_hours(trial) > 0 for trial in study.trials(FAIL))
+    errors = {sweep_study.error_of(trial) for trial in study.trials(FAIL)}
+    assert errors == {"rank 8 was told to fail"}
+    assert sweep_study.device_seconds(study.trials(FAIL)) > 0
 
 
 def test_failures_in_a_row_stop_the_sweep_and_can_be_tried_again(tmp_path):
-    path, home = write_sweep(tmp_path, set={"label": '{"fails": [4, 8]}'}), tmp_path / "home"
-    path.write_text(path.read_text("utf-8") + "budget: {consecutive_failures: 2}\n", "utf-8")
-    process = command("run", path, "--home", home)
+    budget = {"consecutive_failures": 2}
+    study = Study(tmp_path / "home", set={"label": '{"fails": [4, 8]}'}, budget=budget)
+    process = study.run()
     output = finished(process)
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith("error: 2 trials failed one after another")
-    study = sweep_study.join("trivial", sweep_storage.open_storage("", home))[0]
-    assert len(study.get_trials()) == 2
-    held = sweep_storage.locks(study._storage, study, home)
-    assert sweep_study.retry_failed(study, held) == 2
-    assert sweep_study.retry_failed(study, held) == 0  # they are queued already
+    assert len(study.trials()) == 2
+    assert sweep_study.retry_failed(study.opened) == 2
+    assert sweep_study.retry_failed(study.opened) == 0  # they are queued already
+    assert study.take()
 
 
 def test_the_budget_of_hours_ends_it(tmp_path):
-    study = Study(tmp_path / "home", budget={"hours": 0.5})
-    first = study.claim()
-    with first.lease:
-        first.trial.set_user_attr("seed 1", {"seconds": 3600})
-        sweep_study.complete(study.study, first.trial, 1.0)
-    assert study.claim() == "the budget of 0.5 device hours is spent"
-
-
-def test_a_grid_larger_than_its_budget_tries_different_points(tmp_path):
-    study = Study(tmp_path / "home", budget={"trials": 3})
-    claims = [study.claim() for _ in range(3)]
-    assert len({json.dumps(c.trial.params, sort_keys=True) for c in claims}) == 3
-    assert study.claim() is None
-    for claimed in claims:
-        claimed.lease.close()
+    study = Study(tmp_path / "home", budget={"hours": 1e-9})
+    assert study.take()
+    assert sweep_study.why_over(study.opened) == "the budget of 1e-09 device hours is spent"
 
 
 def test_tpe_stays_in_its_space_and_never_repeats_another_worker(tmp_path):
     space = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}, "lora.r": [4, 8]}
-    study = Study(tmp_path / "home", sampler="tpe", space=space, budget={"trials": 12})
-    claims = [study.claim() for _ in range(12)]
-    rates = {c.trial.params["train.learning_rate"] for c in claims}
+    tpe = {"sampler": "tpe", "space": space, "budget": {"trials": 12}}
+    study = Study(tmp_path / "home", **tpe)
+
+    def nested(trial):
+        """While it runs, another process takes the next one."""
+        return 1.0 + Study(tmp_path / "home", **tpe).take(nested)
+
+    study.take(nested)
+    rates = {trial.params["train.learning_rate"] for trial in study.trials(COMPLETE)}
     assert len(rates) == 12
     assert min(rates) >= 1e-4
     assert max(rates) <= 1e-2
-    for number, claimed in enumerate(claims):
-        with claimed.lease:
-            sweep_study.complete(study.study, claimed.trial, float(number))
-    assert "every trial is taken" in study.claim()
+    assert not study.take()
 
 
-def test_every_look_at_the_test_prompts_is_counted_once(tmp_path):
+def test_every_test_set_evaluation_is_counted_once(tmp_path):
     study = Study(tmp_path / "home")
-    for trial in (0, 0, 2):  # interrupted and continued, then another winner
-        sweep_study.record_look(study.study, study.held, {"trial": trial, "seed": 1})
-    assert [look["trial"] for look in study.study.user_attrs["looks"]] == [0, 2]
+    for trial in (0, 0, 2):  # interrupted and resumed, then another winner
+        sweep_study.record_test_evaluation(study.opened, {"trial": trial, "seed": 1})
+    recorded = study.study.user_attrs["test_evaluations"]
+    assert [evaluation["trial"] for evaluation in recorded] == [0, 2]
 
 
 def test_of_equal_points_the_first_wins(tmp_path):
     study = Study(tmp_path / "home")
     for value in (2.0, 1.0, 1.0, 3.0):
-        claimed = study.claim()
-        with claimed.lease:
-            sweep_study.complete(study.study, claimed.trial, value)
-    assert sweep_study.winner(study.study, study.sweep).number == 1
-
-
-@pytest.mark.slow
-def test_killed_workers_are_replaced_until_the_sweep_is_over(tmp_path):
-    """The only worker is killed, more than once; the command that started it sees it through."""
-    path, home = (
-        write_sweep(tmp_path, set={"label": '{"sleep": 0.5}'}, seeds=[1]),
-        tmp_path / "home",
-    )
-    sweep = command("run", path, "--home", home, "--workers", "1")
-    for number in (0, 1):
-        wait_for(lambda number=number: (home / "trials" / f"{number:04d}").is_dir())
-        [worker] = psutil.Process(sweep.pid).children()
-        worker.kill()
-    output = finished(sweep)
-    assert sweep.returncode == 0, output
-    exported = json.loads((home / "study.json").read_bytes())
-    assert [row["state"] for row in exported["trials"]] == ["COMPLETE"] * 4
-    assert (home / "notebooks" / "05_sweep_report.ipynb").is_file()
+        study.take(lambda trial, value=value: value)
+    assert sweep_study.winner(study.opened).user_attrs["point"] == 1
 
 
 def test_a_sweep_that_was_edited_is_not_mixed_with_its_old_study(tmp_path):
     Study(tmp_path / "home")
-    with pytest.raises(ValueError, match="made with another seeds"):
+    with pytest.raises(ValueError, match=r"made with seeds \[1, 2\], not \[3\]"):
         Study(tmp_path / "home", seeds=[3])
     larger = Study(tmp_path / "home", budget={"trials": 4, "hours": 2})
     assert larger.study.user_attrs["sweep"]["budget"]["hours"] == 2
+
+
+def test_a_sweep_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "journal.log").touch()
+    process = command("status", "--study", "old", "--home", tmp_path)
+    output = finished(process)
+    assert process.returncode == 1
+    assert output.startswith(f"error: {tmp_path} is a sweep of an earlier version of Atlas")
+    assert output.count("\n") == 1
+
+
+def test_a_study_of_an_earlier_version_is_refused(tmp_path):
+    storage = sweep_study.open_storage("", tmp_path)
+    old = optuna.create_study(study_name="old", storage=storage)
+    old.set_user_attr("sweep", TRIVIAL | {"name": "old", "runner": "tools.run"})
+    with pytest.raises(ValueError, match="made with study format null, not 2"):
+        sweep_study.join("old", storage, tmp_path)
+    with pytest.raises(ValueError, match="made with study format null, not 2"):
+        Study(tmp_path, name="old")
+
+
+def test_another_configuration_is_refused(tmp_path):
+    study = Study(tmp_path / "home")
+    changed = sweep_study.sweep_made_from(study.sweep) | {"resolved configuration": "another"}
+    study.study.set_user_attr("made_from", changed)
+    with pytest.raises(ValueError, match='resolved configuration "another", not'):
+        sweep_study.join("trivial", study.opened.storage, study.home)
 
 
 def test_a_study_that_is_not_there_is_one_sentence(tmp_path):
@@ -418,22 +438,20 @@ def test_a_study_that_is_not_there_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("url", ["mysql://host/atlas", "host", "sqlite:///study.db"])
 def test_another_storage_is_refused(url, tmp_path):
     with pytest.raises(ValueError, match="postgresql:// URL"):
-        sweep_storage.open_storage(url, tmp_path)
+        sweep_study.open_storage(url, tmp_path)
 
 
-def test_a_line_that_a_power_cut_tore_is_cut_away(tmp_path):
-    study = Study(tmp_path / "home")
-    study.claim().lease.close()
-    journal = tmp_path / "home" / "journal.log"
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + b'{"op_code": 4, "worker')
-    again = Study(tmp_path / "home")
-    again.study.set_user_attr("touched", 1)
-    assert journal.read_bytes().startswith(whole + b'{"op_code"')
-    assert Study(tmp_path / "home").study.user_attrs["touched"] == 1
+def test_status_lists_values_and_errors(tmp_path):
+    study = Study(tmp_path / "home", set={"label": '{"fails": [8]}'})
+    finished(study.worker())
+    output = finished(command("status", "--study", "trivial", "--home", tmp_path / "home"))
+    assert "2 complete" in output.splitlines()[0]
+    assert "2 fail" in output.splitlines()[0]
+    assert "learning_rate 0.001, r 4" in output
+    assert "failed: rank 8 was told to fail" in output
 
 
-# --- shared stages and places ---------------------------------------------------------------------
+# --- runs and devices -----------------------------------------------------------------------------
 
 
 def test_other_data_are_another_shared_folder(tmp_path):
@@ -443,60 +461,67 @@ def test_other_data_are_another_shared_folder(tmp_path):
     assert len(list((tmp_path / "home" / "shared").glob("*/ready"))) == 2
 
 
-def test_borrowed_stages_are_links_and_results_of_a_trial_stay(tmp_path):
-    shared, out = tmp_path / "shared", tmp_path / "out"
-    for folder, name in (("01_data_prep", "train.jsonl"), ("notebooks", "01.ipynb")):
-        (shared / folder).mkdir(parents=True)
-        (shared / folder / name).write_text("shared")
-    (out / "notebooks").mkdir(parents=True)
-    (out / "notebooks" / "03.ipynb").write_text("own")
-    (out / "01_data_prep.part").mkdir()  # of a copy that was killed
-    for _ in range(2):
-        sweep_trial.borrow(shared, out)
-    assert (out / "01_data_prep" / "train.jsonl").samefile(shared / "01_data_prep/train.jsonl")
-    assert not (out / "notebooks" / "01.ipynb").samefile(shared / "notebooks" / "01.ipynb")
-    assert (out / "notebooks" / "03.ipynb").read_text() == "own"
-    assert not list(out.glob("*.part"))
+def test_a_run_begins_as_a_copy_and_keeps_what_it_wrote(tmp_path):
+    shared, out = tmp_path / "shared", tmp_path / "trials" / "out"
+    (shared / "01_data_prep").mkdir(parents=True)
+    file = Path("01_data_prep", "train.jsonl")
+    (shared / file).write_text("shared")
+    (tmp_path / "trials" / "out.part" / "01_data_prep").mkdir(parents=True)  # of a killed copy
+    sweep_trial.copy_once(shared, out)
+    assert (out / file).read_text() == "shared"
+    (out / file).write_text("own")
+    sweep_trial.copy_once(shared, out)
+    assert (out / file).read_text() == "own"
+    assert (shared / file).read_text() == "shared"
 
 
 def test_a_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    """By name: a process that is given number 0 would count the others and spread over them."""
+    """By UUID: a process that is given index 0 would use all GPUs."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nprintf 'GPU-aa\\nGPU-bb\\nGPU-cc\\n'\n")
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert sweep_worker.gpus() == ["GPU-aa", "GPU-bb", "GPU-cc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     assert sweep_worker.gpus() == ["GPU-cc", "GPU-aa"]
-    sweep = definition.validate(TRIVIAL | {"name": "trivial"})
+    opened = Study(tmp_path / "home").opened
     with sweep_worker.contextlib.ExitStack() as stack:
-        taken = [sweep_worker.take_slot(stack, sweep, tmp_path)[1] for _ in range(2)]
-    assert taken == [{"CUDA_VISIBLE_DEVICES": "GPU-cc"}, {"CUDA_VISIBLE_DEVICES": "GPU-aa"}]
+        taken = [sweep_worker.take_device(stack, opened).environment for _ in range(2)]
+    assert [given["CUDA_VISIBLE_DEVICES"] for given in taken] == ["GPU-cc", "GPU-aa"]
 
 
-def test_the_cells_that_train_and_ask_are_found_in_the_pages(tmp_path):
-    """Their calls are named in sweep_trial: renamed in a notebook, its work would be overhead."""
-    sweep = definition.load("lr_rank")
-    for stage in sweep.stages:
-        page = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_bytes())
-        for cell in page["cells"]:
-            cell["metadata"]["papermill"] = {"duration": 1.0}
-        page["metadata"]["papermill"] = {"duration": len(page["cells"]) + 3.0}
-        (tmp_path / "notebooks").mkdir(exist_ok=True)
-        (tmp_path / "notebooks" / f"{stage}.ipynb").write_text(json.dumps(page), "utf-8")
-    found = sweep_trial.parts(sweep, tmp_path, seconds=1000.0)
-    assert found["03_sft_train: training"] == found["03_sft_train: sample answers"] == 1.0
-    assert found["04_ifeval_eval: answers"] == 1.0
-    assert found["03_sft_train: kernel"] == found["04_ifeval_eval: kernel"] == 3.0
-    assert sum(found.values()) == 1000.0
+def test_the_cells_that_train_and_generate_are_tagged():
+    """An untagged cell would count as overhead."""
+    tags = {
+        stage: [
+            tag
+            for cell in jupytext.read(ROOT / "notebooks" / f"{stage}.py").cells
+            for tag in cell.metadata.get("tags", [])
+            if tag in sweep_trial.WORK_TAGS
+        ]
+        for stage in ("03_sft_train", "04_ifeval_eval")
+    }
+    assert tags == {"03_sft_train": ["train", "sample-responses"], "04_ifeval_eval": ["generate"]}
+
+
+def test_the_time_of_a_run_is_split_by_tags(tmp_path):
+    cells = [
+        {"metadata": {"tags": tags, "papermill": {"duration": seconds}}}
+        for tags, seconds in ((["train"], 60.0), ([], 3.0), (["keep"], None), ([], 4.0))
+    ]
+    (tmp_path / "notebooks").mkdir()
+    path = tmp_path / "notebooks" / "03_sft_train.ipynb"
+    path.write_text(json.dumps({"cells": cells}), "utf-8")
+    found = sweep_trial.time_by_part(definition.load_sweep("lr_rank"), tmp_path)
+    assert found == {"03_sft_train: train": 60.0, "03_sft_train: other cells": 7.0}
 
 
 def test_an_unusable_result_is_an_error_not_a_value(tmp_path):
-    sweep = definition.validate(TRIVIAL | {"name": "trivial"})
-    with pytest.raises(RuntimeError, match="results are not there"):
-        sweep_trial.collect(sweep, tmp_path)
+    found = definition.validate(TRIVIAL | {"name": "trivial"})
+    with pytest.raises(RuntimeError, match="results are missing"):
+        sweep_trial.collect_results(found, tmp_path, 1.0)
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -513,29 +538,22 @@ def a_row(number: int, passed: list[list[int]], **varied) -> dict:
             "verdicts": [[key, score] for key, score in enumerate(scores)],
             "curve": [[step, 3 - step / 10 + number / 10] for step in range(10)],
             "seconds": 90.0,
-            "shared_seconds": 1.0,
-            "ask_seconds": 0.1,
-            "parts": {
-                "03_sft_train: training": 60.0,
-                "03_sft_train: kernel": 3.0,
-                "processes": 5.0,
-            },
+            "parts": {"03_sft_train: train": 60.0, "03_sft_train: other cells": 3.0},
         }
         for seed, scores in enumerate(passed)
     }
     value = sum(run["dev_strict"] for run in runs.values()) / len(runs)
-    row = {"number": number, "state": "COMPLETE", "value": value, "params": varied}
-    row |= {"point": varied, "varied": varied, "runs": runs, "error": None, "deaths": 0}
-    row |= {"failed_seconds": 0.0}
-    return row | {"retried": False}
+    row = {"number": number, "state": "COMPLETE", "value": value, "error": None, "trials": 1}
+    return row | {"point": varied, "varied": varied, "runs": runs, "seconds": 180.0}
 
 
 def an_export(rows: list[dict]) -> dict:
-    sweep = TRIVIAL | {"name": "trivial", "stages": ["03_sft_train", "04_ifeval_eval"]}
-    sweep |= {"objective": {"metric": "dev_strict", "direction": "maximize"}, "seeds": [0, 1]}
-    given = definition.validate(sweep).model_dump(mode="json")
-    export = {"study": "trivial", "sweep": given, "trials": rows, "shared_seconds": 30.0}
-    return export | {"looks": [{"trial": 0, "seed": 1, "at": "2026-01-01"}], "final": None}
+    given = TRIVIAL | {"name": "trivial", "stages": ["03_sft_train", "04_ifeval_eval"]}
+    given |= {"objective": {"metric": "dev_strict", "direction": "maximize"}, "seeds": [0, 1]}
+    export = {"study": "trivial", "trials": rows, "importance": {"lora.r": 1.0}}
+    export |= {"sweep": definition.validate(given).model_dump(mode="json"), "device_hours": 0.2}
+    evaluations = [{"trial": 0, "seed": 1, "at": "2026-01-01"}]
+    return export | {"test_evaluations": evaluations, "final": None}
 
 
 def passing(n: int, of: int = 40) -> list[int]:
@@ -555,18 +573,18 @@ def four_points():
 
 
 def verdicts(rows: list[dict]) -> dict[int, str]:
-    return {c["trial"]: c["verdict"] for c in analysis.comparisons(rows)}
+    return {c["trial"]: c["verdict"] for c in analysis.compare_best(rows)}
 
 
 def test_only_a_real_difference_is_called_better(four_points):
-    rows = analysis.points(four_points)
+    rows = analysis.ranked(four_points)
     assert [row["number"] for row in rows] == [0, 2, 1, 3]
     assert verdicts(rows) == {2: "not distinguishable", 1: "better", 3: "better"}
 
 
 def test_seeds_that_overlap_forbid_the_word():
     rows = [a_row(0, [passing(40), passing(10)], x=1), a_row(1, [passing(12), passing(12)], x=2)]
-    [found] = analysis.comparisons(rows)
+    [found] = analysis.compare_best(rows)
     assert found["p_adjusted"] < 0.05
     assert found["verdict"] == "not distinguishable"
 
@@ -581,37 +599,33 @@ def test_more_points_to_choose_from_take_more_to_convince():
 
 def test_different_prompts_are_not_compared():
     with pytest.raises(ValueError, match="different prompts"):
-        analysis.compare(a_row(0, [passing(3, 5)]), a_row(1, [passing(3, 6)]))
+        analysis.compare_points(a_row(0, [passing(3, 5)]), a_row(1, [passing(3, 6)]))
 
 
 @pytest.mark.parametrize("config", ["sft_qwen05b", "sft_qwen05b_fast"])
 @pytest.mark.parametrize("overlay", ["", "offline"])
 def test_the_winner_as_a_recipe_is_the_winner(config, overlay, four_points, tmp_path, monkeypatch):
     four_points["sweep"] |= {"config": config, "overlay": overlay, "set": {"data.n_samples": 70}}
-    best = analysis.points(four_points)[0]
+    best = analysis.ranked(four_points)[0]
     recipe = analysis.winner_yaml(four_points, best)
     won = load_config(config, overlay, {"data.n_samples": 70} | best["point"])
     folder = shutil.copytree(CONFIGS, tmp_path / "configs")
     (folder / "winner.yaml").write_text(recipe, "utf-8")
-    monkeypatch.setattr(config, "FOLDER", folder)
+    monkeypatch.setattr("atlas_lib.config.CONFIGS", folder)
     assert load_config("winner").as_dict() == won.as_dict()
 
 
-def test_costs_and_overhead(four_points):
-    assert analysis.device_hours(four_points) == pytest.approx((8 * 90 + 30) / 3600)
-    assert analysis.overhead(four_points)["overhead"] == pytest.approx(8.1)
-
-
-def test_the_parameter_that_matters_is_the_important_one(four_points):
-    shares = analysis.importance(four_points)
-    assert shares["lora.r"] > 0.8
-    assert shares["train.learning_rate"] < 0.2
-
-
-def test_status_is_for_reading(four_points):
-    text = analysis.as_text(four_points)
-    assert "trivial: 4 complete; 1 looks at test" in text
-    assert "learning_rate 0.001, r 4" in text
+def test_the_parameter_that_matters_is_the_important_one():
+    study = optuna.create_study()
+    for rate, rank in ((1, 4), (1, 8), (2, 4), (2, 8)):
+        study.enqueue_trial({"rate": rate, "rank": rank})
+    study.optimize(
+        lambda trial: trial.suggest_int("rate", 1, 2) + 9 * trial.suggest_int("rank", 4, 8),
+        n_trials=4,
+    )
+    shares = sweep.importance(study)
+    assert shares["rank"] > 0.8
+    assert shares["rate"] < 0.2
 
 
 @pytest.mark.slow
@@ -626,6 +640,6 @@ def test_the_report_page(n, four_points, tmp_path):
     outputs = [out for cell in page["cells"] for out in cell.get("outputs", [])]
     shown = json.dumps(outputs)
     assert "learning_rate 0.001, r 4 is first with dev_strict" in shown
-    assert "looks at the test prompts: 1" in shown
+    assert "test-set evaluations: 1" in shown
     assert shown.count("image/png") >= 3
     assert yaml.safe_load((tmp_path / "winner.yaml").read_text("utf-8"))["lora"]["r"] == 4
