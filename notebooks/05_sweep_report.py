@@ -35,7 +35,7 @@ OUT = ""
 SET = {}
 
 # %% [markdown]
-# The next cell finds the library; the one after it prints the configuration of this run.
+# The next two cells find the library and show what identifies this run.
 
 # %% tags=["bootstrap"]
 import importlib.util
@@ -44,33 +44,29 @@ import sys
 from pathlib import Path
 
 REPOSITORY, REF = "https://github.com/agaonker/atlas", "main"
+places = [Path.cwd(), *Path.cwd().parents]
+places += [folder.parent for folder in Path("/kaggle/input").rglob("atlas_lib")]
+sys.path += [str(place) for place in places if (place / "atlas_lib" / "bootstrap.py").is_file()]
 if importlib.util.find_spec("atlas_lib") is None:
-    places = [Path.cwd(), *Path.cwd().parents]
-    places += [found.parent for found in Path("/kaggle/input").rglob("atlas_lib")]
-    homes = [str(p) for p in places if (p / "atlas_lib" / "bootstrap.py").is_file()]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}@{REF}"]
-    if not homes and subprocess.run(pip).returncode:
+    if subprocess.run(pip).returncode:
         raise RuntimeError(f"pip cannot install {REPOSITORY}; Kaggle: is Settings > Internet on?")
-    sys.path[:0] = homes[:1]
 from atlas_lib import bootstrap
 
 bootstrap.ensure()
 
-# %%
+# %% tags=["setup"]
 import json
 
-from IPython.display import Markdown, display
+from IPython.display import Markdown
 
-from atlas_lib import artifacts, figures, notebooks, session
-from atlas_lib.config import load_config
+from atlas_lib import artifacts, notebooks
 from atlas_lib.sweep import analysis
 
-config = load_config(CONFIG, OVERLAY, SET)
-out = session.output_folder(OUT, CONFIG, OVERLAY)
+config, out = notebooks.start("05_sweep_report", CONFIG, OVERLAY, OUT, SET)
 if not (out / "study.json").is_file():
     raise FileNotFoundError(f"{out} holds no study.json: run `make sweep SWEEP=...` first.")
-session.start(config, out)
-headline = display(Markdown("*The finding appears here at the end.*"), display_id=True)
+headline = notebooks.headline()
 
 # %% [markdown]
 # ## The smallest example: one point
@@ -135,7 +131,7 @@ axes.set_ylim(len(points) - 0.4, -0.6)
 axes.set(xlabel=f"{metric}: seeds (dots), mean (red), 95 % over prompts (bar)")
 axes.set_title(f"Best of {len(points)}: {names[0]}")
 alt = f"{metric} of every point, best first, with its seeds; {names[0]} is at {best['value']:.3f}."
-figures.show(figure, alt, config.label)
+notebooks.show_figure(figure, alt, config.label)
 
 # %% [markdown]
 # Overlapping bars do not show that two points are equally good: both were evaluated on the *same*
@@ -178,7 +174,7 @@ left.set(xlabel="step", ylabel="training loss", title="Loss by point, best first
 right.set(xlabel="validation loss", ylabel=metric, title=agreement)
 figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
 alt = f"Training loss by step for {len(points)} points, and {metric} against validation loss."
-figures.show(figure, alt, config.label)
+notebooks.show_figure(figure, alt, config.label)
 
 # %% [markdown]
 # ## The effect of each parameter
@@ -197,7 +193,7 @@ for panel, key in zip(panels[0], keys, strict=True):
 panels[0][0].set(ylabel=metric)
 panels[0][0].set_title(f"{metric} is {direction}d at {analysis.label(best)}", fontsize=10)
 alt = f"{metric} over {', '.join(keys)}; the best point is {analysis.label(best)}."
-figures.show(figure, alt, config.label)
+notebooks.show_figure(figure, alt, config.label)
 
 # %%
 varied.pivot_table(index=keys[0], columns=keys[1:], values=metric).round(4)

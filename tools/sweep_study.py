@@ -24,6 +24,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from atlas_lib import artifacts
 from atlas_lib.config import load_config
 from atlas_lib.sweep import definition
 from atlas_lib.sweep.definition import Sweep
@@ -140,7 +141,7 @@ def join(name: str, storage: Storage, home: Path) -> OpenStudy:
 
 def sweep_made_from(sweep: Sweep) -> dict[str, Any]:
     """What decides the results of a sweep: the same on every machine that joins."""
-    digest = load_config(sweep.config, sweep.overlay, sweep.set).digest()
+    digest = artifacts.config_digest(load_config(sweep.config, sweep.overlay, sweep.set))
     given = sweep.model_dump(mode="json", exclude={"name", "budget", "workers"})
     return {"study format": 2, **given, "resolved configuration": digest}
 

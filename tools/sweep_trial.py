@@ -18,7 +18,9 @@ import filelock
 import yaml
 
 from atlas_lib import artifacts, bootstrap
-from atlas_lib.config import STAGES, load_config
+from atlas_lib.config import load_config
+from atlas_lib.evaluate import grid
+from atlas_lib.stages import STAGES, earlier
 from atlas_lib.sweep import definition
 from atlas_lib.sweep.definition import Sweep
 
@@ -80,7 +82,7 @@ def copy_once(source: Path, out: Path) -> None:
 
 def shared_stages(sweep: Sweep) -> list[str]:
     """The stages before the first one of a trial."""
-    return [stage for stage in STAGES if stage < min(sweep.stages)]
+    return earlier(min(sweep.stages))
 
 
 def build_shared(place: Place, overrides: dict) -> Path:
@@ -93,22 +95,16 @@ def build_shared(place: Place, overrides: dict) -> Path:
         if not (out / "ready").is_file():
             run_stages(place, shared_stages(sweep), overrides, out, {})
             if "04_ifeval_eval" in sweep.stages:
-                given = {"CONFIG": sweep.config, "OVERLAY": sweep.overlay, "SET": overrides}
-                command = ["atlas_lib.evaluate.grid", json.dumps(given), "", str(out), "base"]
-                run_module(place, command, out, {})
+                run_module(place, grid.command(config, "", out, ["base"])[2:], out, {})
             (out / "ready").touch()
     return out
 
 
 def shared_digest(sweep: Sweep, config: Any) -> str:
     """12 hex digits of all that decides the shared stages and the base model's responses."""
-    import hashlib
-
-    made_from = artifacts.relevant(shared_stages(sweep)[-1], config)
-    for key, value in artifacts.relevant("04_ifeval_eval", config).items():
-        if key.startswith(("model.", "eval.", "content")):
-            made_from[key] = value
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    evaluated = artifacts.made_from("04_ifeval_eval", config).items()
+    decided_by = {k: v for k, v in evaluated if k.startswith(("model.", "eval.", "content of"))}
+    return artifacts.digest(artifacts.made_from(shared_stages(sweep)[-1], config) | decided_by)
 
 
 # --- processes ------------------------------------------------------------------------------------

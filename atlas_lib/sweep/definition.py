@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from atlas_lib import sources
-from atlas_lib.config import CONFIGS, STAGES, first_problem, flatten, load_config, parse_yaml
+from atlas_lib.bootstrap import CONFIGS
+from atlas_lib.config import load_config, parse_yaml, validate
 from atlas_lib.schema import Section
+from atlas_lib.stages import STAGES
 
 SWEEPS = CONFIGS / "sweeps"
 # Objective -> the stage that writes it and the direction in which it improves.
@@ -51,7 +53,7 @@ class Multiple(Section):
 
 
 class Sweep(Section):
-    """One file of configs/sweeps; `validate` checks what types cannot express."""
+    """One file of configs/sweeps; `validate_sweep` checks what types cannot express."""
 
     name: str
     config: str
@@ -81,18 +83,14 @@ def load_sweep(name: str) -> Sweep:
             f"{name!r} is not a sweep file with keys and values; there are: "
             f"{', '.join(sweep_names())}."
         )
-    return validate(given | {"name": path.stem})
+    return validate_sweep(given | {"name": path.stem})
 
 
-def validate(given: dict) -> Sweep:
+def validate_sweep(given: dict) -> Sweep:
     """The sweep that a mapping describes, values coerced to their key's type. Raises ValueError."""
-    try:
-        sweep = Sweep.model_validate(given)
-        problem = next(_problems(sweep), None)
-    except ValidationError as error:
-        missing = "The sweep does not set {key!r}; see configs/sweeps/lr_rank.yaml."
-        problem = first_problem(error, Sweep, missing)
-    if problem:
+    missing = "The sweep does not set {key!r}; see configs/sweeps/lr_rank.yaml."
+    sweep = validate(Sweep, given, missing)
+    for problem in _problems(sweep):
         raise ValueError(problem)
     return _coerced(sweep)
 
@@ -159,7 +157,7 @@ def _other_problems(sweep: Sweep) -> Iterator[str]:
         yield f"{key} is set by the sweep itself; leave it out."
     if sweep.sampler == "tpe" and sweep.budget.trials is None:
         yield "budget.trials is not set; a tpe sweep needs a number of trials."
-    if sweep.prompts.endswith(".jsonl") and not Path(sources.locate(sweep.prompts)).is_file():
+    if sweep.prompts.endswith(".jsonl") and not sources.locate(sweep.prompts):
         yield f"prompts is {sweep.prompts!r}, which does not exist; give a .jsonl file."
     if sweep.prompts == _resolved(sweep, {})["eval.prompts"]:
         yield f"prompts is {sweep.prompts!r}, the test prompts themselves; use dev prompts."
@@ -173,7 +171,7 @@ def _values(sweep: Sweep, key: str) -> Any:
 
 def _resolved(sweep: Sweep, above: dict[str, Any]) -> dict[str, Any]:
     """The configuration as {dotted key: value}. Raises ValueError: unknown key or wrong type."""
-    return flatten(load_config(sweep.config, sweep.overlay, sweep.set | above).as_dict())
+    return load_config(sweep.config, sweep.overlay, sweep.set | above).flat()
 
 
 def _coerced(sweep: Sweep) -> Sweep:

@@ -56,7 +56,7 @@ class Study:
 
     def __init__(self, home: Path, url: str = "", name: str = "trivial", **changes):
         self.home, self.url, self.name, self.changes = home, url, name, changes
-        self.sweep = definition.validate(TRIVIAL | {"name": name} | changes)
+        self.sweep = definition.validate_sweep(TRIVIAL | {"name": name} | changes)
         storage = sweep_study.open_storage(url, home)
         self.opened = sweep_study.create(name, self.sweep, storage, home)
         self.study = self.opened.study

@@ -129,14 +129,16 @@ ERRORS = {
 def test_a_wrong_file_is_one_sentence(name):
     changes, words = ERRORS[name]
     with pytest.raises(ValueError, match=r".") as caught:
-        definition.validate(TRIVIAL | {"name": "wrong"} | changes)
+        definition.validate_sweep(TRIVIAL | {"name": "wrong"} | changes)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_without_a_key_says_which():
     with pytest.raises(ValueError, match="does not set 'objective'"):
-        definition.validate({k: v for k, v in TRIVIAL.items() if k != "objective"} | {"name": "x"})
+        definition.validate_sweep(
+            {k: v for k, v in TRIVIAL.items() if k != "objective"} | {"name": "x"}
+        )
 
 
 def test_an_unknown_or_empty_file_names_the_sweeps_there_are(tmp_path):
@@ -162,7 +164,7 @@ def test_a_list_survives_the_storage():
 
 def test_a_smaller_budget_tries_a_part_and_a_larger_one_the_rest():
     few, all_ = (
-        definition.validate(TRIVIAL | {"name": "x", "budget": budget})
+        definition.validate_sweep(TRIVIAL | {"name": "x", "budget": budget})
         for budget in ({"trials": 3}, {})
     )
     assert definition.planned(few) == definition.planned(all_)[:3]
@@ -519,7 +521,7 @@ def test_the_time_of_a_run_is_split_by_tags(tmp_path):
 
 
 def test_an_unusable_result_is_an_error_not_a_value(tmp_path):
-    found = definition.validate(TRIVIAL | {"name": "trivial"})
+    found = definition.validate_sweep(TRIVIAL | {"name": "trivial"})
     with pytest.raises(RuntimeError, match="results are missing"):
         sweep_trial.collect_results(found, tmp_path, 1.0)
 
@@ -551,7 +553,10 @@ def an_export(rows: list[dict]) -> dict:
     given = TRIVIAL | {"name": "trivial", "stages": ["03_sft_train", "04_ifeval_eval"]}
     given |= {"objective": {"metric": "dev_strict", "direction": "maximize"}, "seeds": [0, 1]}
     export = {"study": "trivial", "trials": rows, "importance": {"lora.r": 1.0}}
-    export |= {"sweep": definition.validate(given).model_dump(mode="json"), "device_hours": 0.2}
+    export |= {
+        "sweep": definition.validate_sweep(given).model_dump(mode="json"),
+        "device_hours": 0.2,
+    }
     evaluations = [{"trial": 0, "seed": 1, "at": "2026-01-01"}]
     return export | {"test_evaluations": evaluations, "final": None}
 
