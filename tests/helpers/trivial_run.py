@@ -52,7 +52,7 @@ def is_alive(pid: int) -> bool:
 
 def kill_notebook(out: Path) -> None:
     """Execute a notebook that kills its own process, as happens when the memory is full."""
-    notebooks.FOLDER = out
+    notebooks.NOTEBOOKS = out
     cell = nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)

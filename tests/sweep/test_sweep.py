@@ -24,7 +24,7 @@ from sweep_studies import (
 )
 
 from atlas_lib.config import CONFIGS, load_config
-from atlas_lib.evaluate import ifeval
+from atlas_lib.evaluate import ifeval_files
 from atlas_lib.sweep import analysis, definition
 from tools import dev_prompts, sweep, sweep_study, sweep_trial, sweep_worker
 
@@ -180,14 +180,14 @@ def test_the_dev_prompts_are_the_ones_that_their_script_writes():
 
 
 def test_the_dev_prompts_are_usable_and_all_different():
-    prompts = ifeval.load_prompts(str(dev_prompts.PATH), None)
+    prompts = ifeval_files.load_prompts(str(dev_prompts.PATH), None)
     assert len({p["prompt"] for p in prompts}) == len(prompts) >= 100
 
 
 def test_no_dev_prompt_is_a_test_prompt():
     if not OFFICIAL_PROMPTS.is_file():
         pytest.skip(f"NOT TESTED: IFEval's own prompts are not at {OFFICIAL_PROMPTS}")
-    official = {p["prompt"].strip() for p in ifeval.load_prompts(str(OFFICIAL_PROMPTS), None)}
+    official = {p["prompt"].strip() for p in ifeval_files.load_prompts(str(OFFICIAL_PROMPTS), None)}
     assert not official & {p["prompt"].strip() for p in dev_prompts.dev_prompts()}
 
 
