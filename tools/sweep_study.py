@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 # Seconds between the heartbeats of a running trial; the tests set fewer. A trial is taken over when
 # four of them are missing: two minutes after its worker was killed.
 HEARTBEAT = int(os.environ.get("ATLAS_SWEEP_HEARTBEAT", "30"))
-MAX_RETRIES = 5  # of a trial that is interrupted: what kills every worker is given up
+MAX_RETRIES = 10  # of a trial that is interrupted: what kills every worker is given up
 retry = RetryHeartbeatStaleTrialCallback(MAX_RETRIES)
 # Attributes of a trial: the number of its point, its own number once it has a heartbeat, its error,
 # and for each finished seed the results.
@@ -278,7 +278,8 @@ def error_of(trial: FrozenTrial) -> str | None:
     """Why a trial failed; None in another state."""
     if trial.state != TrialState.FAIL:
         return None
-    return trial.user_attrs.get(ERROR, "it was interrupted; log.txt in its folder may say why")
+    times = f"it was interrupted {MAX_RETRIES + 1} times; log.txt in its folder may say why"
+    return trial.user_attrs.get(ERROR, times)
 
 
 def why_failing(opened: OpenStudy) -> str | None:
