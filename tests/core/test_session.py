@@ -322,7 +322,7 @@ def test_a_local_machine_has_only_its_environment():
 
 def hours_left(**run) -> float | None:
     given = {f"run.{key}": value for key, value in run.items()}
-    end = session.session_deadline(load_config("sft_qwen05b", "", given))
+    end = callbacks.session_deadline(load_config("sft_qwen05b", "", given))
     return end and (end - time.time()) / 3600
 
 
