@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from chat_cases import CALL, CHAT, chats, supervised_text
 from hypothesis import given, settings
+from tokenizers.processors import TemplateProcessing
 
 from atlas_lib import artifacts, audit, data, models, stages, template
 
@@ -45,11 +46,6 @@ def test_patching_twice_changes_nothing(pair):
     assert pair[0].chat_template == before
 
 
-def test_generation_prompt_is_not_a_marker(tokenizer):
-    assert "add_generation_prompt" in tokenizer.chat_template
-    assert template.patch_chat_template_for_assistant_mask(tokenizer) is True
-
-
 def test_whitespace_and_default_system_variants(tokenizer):
     original = tokenizer.chat_template
     for variant in (
@@ -70,19 +66,18 @@ def test_whitespace_and_default_system_variants(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "unknown", ["{{ messages }}", "{% for m in messages %}{{ m }}{% endfor %}"]
+    ("unknown", "message"),
+    [
+        ("{{ messages }}", r"Not Qwen2\.5's chat template: .*assistant"),
+        ("{% for m in messages %}{{ m }}{% endfor %}", r"Not Qwen2\.5's chat template"),
+        (None, r"set model\.chat_template"),
+    ],
 )
-def test_an_unknown_template_is_an_error_and_stays(tokenizer, unknown):
+def test_an_unknown_template_is_refused_and_unchanged(unknown, message, tokenizer):
     tokenizer.chat_template = unknown
-    with pytest.raises(ValueError, match=r"Not Qwen2\.5's chat template: .*assistant"):
+    with pytest.raises(ValueError, match=message):
         template.patch_chat_template_for_assistant_mask(tokenizer)
     assert tokenizer.chat_template == unknown
-
-
-def test_no_template_is_an_error(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"set model\.chat_template"):
-        template.patch_chat_template_for_assistant_mask(tokenizer)
 
 
 @settings(max_examples=500, deadline=None)
@@ -177,25 +172,15 @@ def test_another_default_system_turn_is_found(pair, tiny_config):
     assert (row["verdict"], "renders another text" in row["error"]) == ("failed", True)
 
 
-def test_a_doubled_special_token_is_found(pair, tiny_config):
-    from tokenizers.processors import TemplateProcessing
-
-    broken = copy.deepcopy(pair[0])
-    end = broken.convert_tokens_to_ids("<|im_start|>")
-    broken.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", end)]
+def test_a_doubled_special_token_is_found(pair, tiny_config, monkeypatch):
+    broken, kind = copy.deepcopy(pair[0]), type(pair[0])
+    start = ("<|im_start|>", broken.convert_tokens_to_ids("<|im_start|>"))
+    doubling = TemplateProcessing(single="<|im_start|> $A", special_tokens=[start])
+    broken.backend_tokenizer.post_processor = doubling
+    call = kind.__call__
+    monkeypatch.setattr(
+        kind, "__call__", lambda *a, **given: call(*a, **given | {"add_special_tokens": True})
     )
-    plain_call = type(broken).__call__
-    doubling = type(
-        "Doubling",
-        (type(broken),),
-        {
-            "__call__": lambda self, *a, **k: plain_call(
-                self, *a, **{**k, "add_special_tokens": True}
-            )
-        },
-    )
-    broken.__class__ = doubling
     [row] = audited_rows((broken, pair[1]), [CHAT], tiny_config)
     assert row["verdict"] == "failed"
     assert re.search(r"\d+ special tokens where the text has \d+", row["error"])
@@ -218,29 +203,22 @@ def audited(pair, tiny_config, tmp_path):
     return source, folder, rows
 
 
-def test_the_trainers_rows_are_compared_one_by_one(audited):
-    _, folder, rows = audited
-    assert audit.check_trainer(rows, folder) == 3
-
-
-def shift(labels):
-    return [*labels[1:], template.IGNORED]
-
-
+MASKED = template.IGNORED
 TRAINER_FAULTS = {
-    "off by one right": lambda row: {**row, "labels": [template.IGNORED, *row["labels"][:-1]]},
+    "off by one right": lambda row: row | {"labels": [MASKED, *row["labels"][:-1]]},
+    "off by one left": lambda row: row | {"labels": [*row["labels"][1:], MASKED]},
     "cut short": lambda row: {key: values[:-1] for key, values in row.items()},
-    "off by one left": lambda row: {**row, "labels": shift(row["labels"])},
-    "all one": lambda row: {**row, "labels": row["input_ids"]},
-    "all zero": lambda row: {**row, "labels": [template.IGNORED] * len(row["labels"])},
+    "all one": lambda row: row | {"labels": row["input_ids"]},
+    "all zero": lambda row: row | {"labels": [MASKED] * len(row["labels"])},
     "doubled first token": lambda row: {k: [v[0], *v] for k, v in row.items()},
-    "another id": lambda row: {**row, "input_ids": [0, *row["input_ids"][1:]]},
+    "another id": lambda row: row | {"input_ids": [0, *row["input_ids"][1:]]},
 }
 
 
 @pytest.mark.parametrize("fault", TRAINER_FAULTS)
 def test_a_trainer_whose_labels_differ_is_refused(audited, fault):
     _, folder, rows = audited
+    assert audit.check_trainer(rows, folder) == 3
     with pytest.raises(ValueError, match=r"labels of conversation 2 are not those"):
         audit.check_trainer([*rows[:2], TRAINER_FAULTS[fault](rows[2])], folder)
 
@@ -251,13 +229,9 @@ def test_a_trainer_that_lost_a_row_is_refused(audited):
         audit.check_trainer(rows[:2], folder)
 
 
-def test_the_gate_lets_a_passed_audit_through(audited, tiny_config, tmp_path):
+def test_the_gate_refuses_a_failed_audit(audited, tiny_config, tmp_path):
     source, folder, _ = audited
     assert audit.require_passed_audit(tiny_config, tmp_path, source) == folder
-
-
-def test_the_gate_refuses_a_failed_audit(audited, tiny_config, tmp_path):
-    source, _, _ = audited
     with artifacts.stage(stages.TEMPLATE_AUDIT, tiny_config, tmp_path, [source]) as folder:
         artifacts.write_json(
             folder / "summary.json",
