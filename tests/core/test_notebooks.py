@@ -145,10 +145,12 @@ def test_on_kaggle_the_running_notebook_is_copied_to_out(kaggle):
     assert kept.read_bytes() == SOURCES[0].with_suffix(".ipynb").read_bytes()
 
 
-@pytest.mark.parametrize("changed", [{session.NESTED: "1"}, {"KAGGLE_KERNEL_RUN_TYPE": ""}])
-def test_nested_or_elsewhere_no_notebook_is_copied(changed, kaggle, monkeypatch):
-    for name, value in changed.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("nested", [True, False])
+def test_nested_or_elsewhere_no_notebook_is_copied(nested, kaggle, monkeypatch):
+    if nested:
+        monkeypatch.setenv(session.NESTED, "1")
+    else:
+        monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     notebooks.keep("03_sft_train", kaggle)
     assert not (kaggle / "notebooks").exists()
 
