@@ -148,36 +148,32 @@ def test_a_token_with_an_invalid_character_is_refused_and_not_shown(strange, hub
 
 
 CANNOT_WRITE = "403 You need write access"
-REFUSED = {  # role of the token, faults, whether the repository exists, the hub's reason
-    "a read-only token": ("read", [], True, "it is read-only"),
-    "an invalid token": ("write", ["bad token"], False, "401"),
-    "no right to create": ("fineGrained", ["no create"], False, "403 You don't have the rights"),
+CANNOT_CREATE = "403 You don't have the rights"
+OWN, FOREIGN = "alice/adapter", "bob/adapter"
+REFUSED = {  # role of the token, faults, repository, whether it exists, the hub's reason
+    "a read-only token": ("read", [], OWN, True, "it is read-only"),
+    "an invalid token": ("write", ["bad token"], OWN, False, "401"),
+    "no right to create": ("fineGrained", ["no create"], OWN, False, CANNOT_CREATE),
     # create_repo(exist_ok=True) accepts a 403 where the repository exists
-    "no right to write": ("fineGrained", ["no create", "no write"], True, CANNOT_WRITE),
-    "a token in the answer": ("write", ["echo"], False, "Bearer ***"),
+    "no right to write": ("fineGrained", ["no create", "no write"], OWN, True, CANNOT_WRITE),
+    "a foreign namespace": ("write", [], FOREIGN, False, CANNOT_CREATE),
+    "a foreign repository": ("write", [], FOREIGN, True, CANNOT_WRITE),
+    "a token in the answer": ("write", ["echo"], OWN, False, "Bearer ***"),
 }
 
 
-@pytest.mark.parametrize(("role", "faults", "exists", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_refusal_of_the_hub_ends_the_preflight(role, faults, exists, reason, hub, client):
-    hub.role = role
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_of_the_hub_ends_the_preflight(case, hub, client):
+    hub.role, faults, repo, exists, reason = REFUSED[case]
     if exists:
-        hub.hold("alice/adapter", private=True)
+        hub.hold(repo, private=True)
     hub.plant(*faults)
-    sentence = refused(client(PREFLIGHT))
+    sentence = refused(client(PREFLIGHT, repo=repo))
     assert "The hub refuses HF_TOKEN (" in sentence and reason in sentence
-    assert TOKENS in sentence and "output.hub_repo=null" in sentence
-    assert role != "read" or "POST /api/repos/create" not in hub.requests
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_foreign_namespace_is_refused(exists, hub, client):
-    if exists:
-        hub.hold("bob/adapter", private=False)
-    sentence = refused(client(PREFLIGHT, repo="bob/adapter"))
-    assert "(403 " in sentence and "can write to bob/adapter" in sentence
-    assert "{user}/name" in sentence
-    assert hub.private == ({"bob/adapter": False} if exists else {})
+    assert f"can write to {repo} at {TOKENS}" in sentence
+    assert "{user}/name" in sentence and "output.hub_repo=null" in sentence
+    assert list(hub.private) == ([repo] if exists else [])
+    assert hub.role != "read" or "POST /api/repos/create" not in hub.requests
 
 
 @pytest.mark.parametrize("name", ["{usr}/x", "{user}/a/b", "{user}/", "{user}/a b"])
