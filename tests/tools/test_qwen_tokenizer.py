@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from chat_cases import CHAT, chats, supervised_text
+from chat_cases import CHAT, chats
 from hypothesis import given, settings
 
 from atlas_lib import models, template
@@ -41,10 +41,6 @@ def test_known_answers(patched):
     assert models.stop_ids(patched) == [151645, 151643]
     ids = patched.apply_chat_template([{"role": "user", "content": "x"}])["input_ids"]
     assert ids[: len(DEFAULT_SYSTEM_TURN)] == DEFAULT_SYSTEM_TURN
-
-
-def test_supervised_is_what_the_model_must_emit(patched):
-    assert supervised_text(patched, CHAT) == ["Only me.<|im_end|>", "Still me.<|im_end|>"]
 
 
 def test_the_prompt_is_exactly_what_comes_before(patched):
