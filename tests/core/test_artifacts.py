@@ -143,12 +143,13 @@ def test_another_input_is_named(recorded, config, tmp_path):
         ("model.base", "model.safetensors", "03_sft_train"),
         ("model.tokenizer", "tokenizer.json", "02_template_audit"),
         ("data.dataset", "data/train_sft.parquet", "01_data_prep"),
+        ("data.dataset", "", "01_data_prep"),  # a local file
         ("eval.prompts", "prompts.json", "04_ifeval_eval"),
     ],
 )
 def test_other_content_in_the_same_place_is_another_source(key, file, stage, tmp_path):
     folder = tmp_path / "source"
-    (folder / file).parent.mkdir(parents=True)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_bytes(b"first")
     config = load_config("sft_qwen05b", "", {key: str(folder)})
     finished = finish(stage, config, tmp_path)

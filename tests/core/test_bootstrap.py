@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from checks import ROOT
 
 from atlas_lib import bootstrap
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {name.partition("[")[0]: floor for name, floor in bootstrap.floors().items()}
 # Should the real pip run after all, it refuses: no test may change the machine it runs on.
 NO_PIP = {"PIP_REQUIRE_VIRTUALENV": "1", "PIP_NO_INDEX": "1"}

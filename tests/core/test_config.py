@@ -325,17 +325,6 @@ def test_any_other_argument_of_sftconfig_has_its_type(key, given, value):
     assert load_config(RECIPE, "", {f"train.{key}": given}).train.arguments()[key] == value
 
 
-def test_no_heavy_library_is_imported_to_validate():
-    heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes'}"
-    code = (
-        "import sys; from atlas_lib import artifacts; from atlas_lib.config import load_config\n"
-        "config = load_config('sft_qwen05b', 'offline', {'train.learning_rate': '1e-3'})\n"
-        "artifacts.config_digest(config, '01_data_prep')\n"
-        f"print(sorted({heavy} & set(sys.modules)))"
-    )
-    assert run_python("-c", code).stdout == "[]\n"
-
-
 # --- the digest -----------------------------------------------------------------------------------
 
 NO_STAGE = "05"

@@ -119,7 +119,6 @@ FAULTS = {
     "killed": (lambda out: write_executed(FIRST, out, end_time=None), "not to its end"),
     "cut-off notebook": (lambda out: os.truncate(executed(FIRST, out), 400), "not to its end"),
     "other code": (edit_last_cell, "not to its end"),
-    "empty manifest": (lambda out: (out / FIRST / artifacts.MANIFEST).write_text(""), "manifest"),
     "output edited": (lambda out: (out / FIRST / "rows.jsonl").write_text("{}\n"), "rows.jsonl"),
 }
 
