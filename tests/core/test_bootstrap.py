@@ -73,12 +73,17 @@ def test_a_machine_that_has_all_is_left_alone(machine):
     assert asked_of_pip(machine) == []
 
 
-def test_kaggle_gets_what_it_lacks_and_only_that(machine):
+COLAB = {"COLAB_RELEASE_TAG": "release-colab"}
+
+
+@pytest.mark.parametrize("environment", [{"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, COLAB])
+def test_a_hosted_session_gets_what_it_lacks_and_only_that(environment, machine):
     """`lm_eval[ifeval]` brings langdetect, too, which Kaggle's image lacks as well."""
     for package in ("trl", "lm_eval"):
         remove(machine, package)
     install(machine, "peft", "0.15.2")
-    done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    (machine / "google" / "colab").mkdir(parents=True)
+    done = start(machine, **environment)
     asked = asked_of_pip(machine)
     assert done.returncode == 0, done.stderr
     assert asked[0] == "install"
@@ -124,13 +129,6 @@ def test_on_a_local_machine_nothing_is_installed(google, machine):
     assert last.startswith("RuntimeError: Missing or too old: trl>=")
     assert "make setup" in last
     assert asked_of_pip(machine) == []
-
-
-def test_colab_gets_what_it_lacks(machine):
-    remove(machine, "trl")
-    (machine / "google" / "colab").mkdir(parents=True)
-    assert start(machine, COLAB_RELEASE_TAG="release-colab").returncode == 0
-    assert any(a.startswith("trl>=") for a in asked_of_pip(machine))
 
 
 @pytest.mark.parametrize(
