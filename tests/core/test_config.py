@@ -344,6 +344,7 @@ FIRST_CHANGED = {
     "model.instruct": ("other/name", "04_ifeval_eval"),
     "model.adapter": ("other/name", "04_ifeval_eval"),
     "eval.limit": (40, "04_ifeval_eval"),
+    "label": ("other", "04_ifeval_eval"),
     "eval.prompts": ("embedded:dev", "04_ifeval_eval"),
     "run.require_gpu": (False, NO_STAGE),
     "run.eval_slots": (7, NO_STAGE),
