@@ -2,10 +2,12 @@
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 from tiny import TINY
 
+from atlas_lib import artifacts
 from atlas_lib.config import load_config
 from atlas_lib.standin import corpus, tiny_model
 from tools.qwen_tokenizer import cache_folder, tokenizer_folder
@@ -14,6 +16,13 @@ from tools.qwen_tokenizer import cache_folder, tokenizer_folder
 def pytest_runtest_setup(item):
     if item.get_closest_marker("network") and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
         pytest.skip("NOT TESTED: it downloads from a package registry, as `make test-all` may")
+
+
+@pytest.fixture(autouse=True)
+def kaggle_input(tmp_path, monkeypatch) -> Path:
+    """A folder for /kaggle/input, absent until a test fills it."""
+    monkeypatch.setattr(artifacts, "KAGGLE_INPUT", tmp_path / "kaggle-input")
+    return tmp_path / "kaggle-input"
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,20 @@ Their results are tested in tests/runs/test_pipeline.py.
 """
 
 import ast
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import jupytext
+import nbformat
 import pytest
+from checks import ROOT, run_python
+from nbclient import NotebookClient
 from tiny import TINY
 
 from atlas_lib import notebooks, session, stages
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 NAMES = [path.stem for path in SOURCES]
 MOST_LINES, MOST_FUNCTIONS, MOST_PLOTS = 15, 2, 3
@@ -82,19 +81,10 @@ PLANTED = {
 @pytest.mark.parametrize(("problem", "cell"), PLANTED.items(), ids=PLANTED.keys())
 def test_a_planted_style_fault_is_found(problem, cell, tmp_path):
     planted = tmp_path / "planted.py"
-    planted.write_text(SOURCES[0].read_text("utf-8") + f"\n# %%\n{cell}\n", "utf-8")
-    assert problem in problems(planted)
-
-
-def test_planted_faults_of_the_text_are_found(tmp_path):
-    planted = tmp_path / "planted.py"
     text = SOURCES[0].read_text("utf-8").replace("# # Select", "# # 01").replace("assert ", "")
-    planted.write_text(f"{text}\n# %% [markdown]\n# It reached 0.653.\n", "utf-8")
-    assert {
-        "a result in the prose: 0.653",
-        "no H1 that starts with a verb",
-        "no gate: nothing is asserted",
-    } <= set(problems(planted))
+    planted.write_text(f"{text}\n# %% [markdown]\n# It was 0.653.\n\n# %%\n{cell}\n", "utf-8")
+    expected = {"a result in the prose: 0.653", "no H1 that starts with a verb", problem}
+    assert expected | {"no gate: nothing is asserted"} <= set(problems(planted))
 
 
 def paired_differences(source: Path, pair: Path) -> list[str]:
@@ -148,26 +138,41 @@ def kaggle(tmp_path, monkeypatch) -> Path:
     return tmp_path / "working"
 
 
-def test_on_kaggle_the_running_notebook_is_kept(kaggle):
+def test_on_kaggle_the_running_notebook_is_copied_to_out(kaggle):
     notebooks.keep("01_data_prep", kaggle)
     [kept] = (kaggle / "notebooks").iterdir()
     assert kept.name == "01_data_prep.ipynb"
     assert kept.read_bytes() == SOURCES[0].with_suffix(".ipynb").read_bytes()
 
 
-def test_a_notebook_that_runs_inside_another_keeps_nothing(kaggle, monkeypatch):
-    monkeypatch.setenv(session.NESTED, "1")
+@pytest.mark.parametrize("nested", [True, False])
+def test_nested_or_elsewhere_no_notebook_is_copied(nested, kaggle, monkeypatch):
+    if nested:
+        monkeypatch.setenv(session.NESTED, "1")
+    else:
+        monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     notebooks.keep("03_sft_train", kaggle)
     assert not (kaggle / "notebooks").exists()
 
 
-def test_elsewhere_nothing_is_kept(kaggle, monkeypatch):
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
-    notebooks.keep("01_data_prep", kaggle)
-    assert not (kaggle / "notebooks").exists()
+FIGURE = """
+import matplotlib.pyplot as plt
+from atlas_lib import notebooks
+figure, axes = plt.subplots()
+notebooks.show_figure(figure, "a line that rises", "not a result")
+figure.get_suptitle()
+"""
 
 
-NEITHER_TRAINER_NOR_WEIGHTS = """
+def test_a_figure_is_shown_once_with_its_text_and_label():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(FIGURE)])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    [shown, title] = notebook.cells[0].outputs
+    assert shown.metadata["image/png"] == {"alt": "a line that rises"}
+    assert title.data["text/plain"] == "'not a result'"
+
+
+WITHOUT_TRAINER = """
 import sys, pathlib
 from atlas_lib import audit
 from atlas_lib.config import load_config
@@ -178,9 +183,6 @@ assert not {{"trl", "peft", "bitsandbytes"}} & set(sys.modules), set(sys.modules
 
 def test_the_first_two_stages_import_neither_trl_nor_peft(tmp_path):
     """The audit has to be independent of the trainer."""
-    code = NEITHER_TRAINER_NOR_WEIGHTS.format(tiny=TINY)
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_python("-c", WITHOUT_TRAINER.format(tiny=TINY), tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "02_template_audit" / "summary.json").is_file()

@@ -14,13 +14,13 @@ from urllib.parse import unquote, urlsplit
 import loopback
 
 TOKEN = "hf_canary2f9c1d"
+USER, ORGANISATION = "alice", "team"
 # What `Hub.faults` may hold, and the answer that it plants.
 FAULTS = (
     "bad token",  # 401 to every question
     "no create",  # 403 to a new repository, whether or not it exists, as the hub does
     "no write",  # 403 to the check of write access, and to a commit
     "no commit",  # 500 to a commit
-    "dropped commit",  # the connection ends where the answer should begin
     "silent commit",  # no answer to a commit, ever
     "down",  # 503 to every question
     "silent",  # no answer to any question, ever
@@ -31,11 +31,9 @@ FAULTS = (
 
 @dataclass
 class Hub:
-    """The hub's state: what a test plants in it, and what it has seen."""
+    """The hub's state: what a test plants in it, and what it has received."""
 
     endpoint: str = ""
-    user: str = "alice"
-    orgs: tuple[str, ...] = ("team",)
     role: str = "write"  # "read", "write" or "fineGrained"
     faults: set[str] = field(default_factory=set)
     private: dict[str, bool] = field(default_factory=dict)  # repository -> whether it is private
@@ -52,61 +50,32 @@ class Hub:
         assert set(faults) <= set(FAULTS)
         self.faults = set(faults)
 
-    def answer(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, Any] | None:
+    def answer(self, path: str, authorization: str | None, body: bytes) -> tuple[int, Any] | None:
         """(status, JSON, or a message for an error) of one request; None: hang up."""
-        path, faults = unquote(urlsplit(request.path).path), self.faults
-        if "silent" in faults or ("silent commit" in faults and "/commit/" in path):
+        if "silent" in self.faults or ("silent commit" in self.faults and "/commit/" in path):
             self.closing.wait()
             return None
-        if "down" in faults:
+        if "down" in self.faults:
             return 503, "planted: down"
-        if "portal" in faults:
+        if "portal" in self.faults:
             return 200, b"<html>Please log in</html>"
-        authorization = request.headers.get("Authorization")
-        if authorization != f"Bearer {TOKEN}" or "bad token" in faults:
+        if authorization != f"Bearer {TOKEN}" or "bad token" in self.faults:
             return 401, "Invalid credentials in Authorization header"
-        if path == "/api/repos/create" and "echo" in faults:
-            return 400, f"planted: {authorization}"
-        return self.route(path, body if "/commit/" in path else json.loads(body or b"{}"))
-
-    def route(self, path: str, body: Any) -> tuple[int, Any] | None:
         if path == "/api/whoami-v2":
-            return 200, self.whoami()
+            access = {"type": "access_token", "accessToken": {"role": self.role}}
+            orgs = [{"type": "org", "name": ORGANISATION}]
+            return 200, {"type": "user", "name": USER, "orgs": orgs, "auth": access}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
-            return self.create(body)
-        repo, what = self.split(path)
-        if repo not in self.private:
-            return 404, "Repository not found"
-        return {
-            "preupload": self.preupload,
-            "auth-check": self.auth_check,
-            "commit": self.commit,
-        }.get(what, self.info)(repo, body)
-
-    @staticmethod
-    def split(path: str) -> tuple[str, str]:
-        """("owner/name", "what") of "/api/models/owner/name/what/..."."""
+            echo = (400, f"planted: {authorization}") if "echo" in self.faults else None
+            return echo or self.create(json.loads(body))
         owner, name, what = [*path.removeprefix("/api/models/").split("/"), "", ""][:3]
-        return f"{owner}/{name}", what
-
-    def whoami(self) -> dict[str, Any]:
-        token = {"displayName": "stub", "role": self.role}
-        return {
-            "type": "user",
-            "name": self.user,
-            "orgs": [{"type": "org", "name": name} for name in self.orgs],
-            "auth": {"type": "access_token", "accessToken": token},
-        }
-
-    def may_write(self, repo: str) -> bool:
-        own = repo.split("/")[0] in (self.user, *self.orgs)
-        return own and self.role != "read" and "no write" not in self.faults
+        return self.answer_about(f"{owner}/{name}", what, body)
 
     def create(self, body: dict[str, Any]) -> tuple[int, Any]:
         repo = f"{body['organization']}/{body['name']}"
-        foreign = body["organization"] not in (self.user, *self.orgs)
+        foreign = body["organization"] not in (USER, ORGANISATION)
         if "no create" in self.faults or self.role == "read" or foreign:
             return 403, "You don't have the rights to create a model under this namespace"
         url = {"url": f"{self.endpoint}/{repo}"}
@@ -115,27 +84,25 @@ class Hub:
         self.hold(repo, body.get("visibility") == "private" or body.get("private") is True)
         return 200, url | {"name": repo, "id": "1"}
 
-    def info(self, repo: str, body: Any) -> tuple[int, Any]:
-        found = {"id": repo, "sha": "0" * 40, "private": self.private[repo]}
-        return 200, found | {"tags": [], "siblings": []}
-
-    def auth_check(self, repo: str, body: Any) -> tuple[int, Any]:
-        return (
-            (200, {}) if self.may_write(repo) else (403, "You need write access to this repository")
-        )
-
-    def preupload(self, repo: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """All files travel inside the commit; large-file protocols are the client's business."""
-        modes = {"uploadMode": "regular", "shouldIgnore": False}
-        return 200, {"files": [{"path": file["path"], **modes} for file in body["files"]]}
-
-    def commit(self, repo: str, body: bytes) -> tuple[int, Any] | None:
-        if not self.may_write(repo):
+    def answer_about(self, repo: str, what: str, body: bytes) -> tuple[int, Any]:
+        """The answer to /api/models/<repo>/<what>/..."""
+        if repo not in self.private:
+            return 404, "Repository not found"
+        if what == "preupload":  # all files travel inside the commit
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            files = json.loads(body)["files"]
+            return 200, {"files": [{"path": file["path"], **modes} for file in files]}
+        if what not in ("auth-check", "commit"):
+            found = {"id": repo, "sha": "0" * 40, "private": self.private[repo]}
+            return 200, found | {"tags": [], "siblings": []}
+        own = repo.split("/")[0] in (USER, ORGANISATION)
+        if not own or self.role == "read" or "no write" in self.faults:
             return 403, "You need write access to this repository"
+        return self.commit(repo, body) if what == "commit" else (200, {})
+
+    def commit(self, repo: str, body: bytes) -> tuple[int, Any]:
         if "no commit" in self.faults:
             return 500, "planted: no commit"
-        if "dropped commit" in self.faults:
-            return None
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -151,8 +118,9 @@ def serve() -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}")
-            answer = hub.answer(self, self.body())
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(f"{self.command} {path}")
+            answer = hub.answer(path, self.headers.get("Authorization"), self.body())
             if answer is None:
                 return  # the connection ends without a word
             status, content = answer
@@ -168,7 +136,7 @@ def serve() -> Iterator[Hub]:
                 content if isinstance(content, bytes) else json.dumps(content).encode()
             )
 
-        do_POST = do_PUT = do_HEAD = do_GET
+        do_POST = do_GET
 
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding", "") != "chunked":

@@ -2,19 +2,15 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from checks import ROOT, run_python
 
 from atlas_lib.config import load_config, parse_assignments
 from atlas_lib.standin import corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 ON_A_CPU = {"run.require_gpu": "false", "train.max_steps": "2", "data.n_samples": "32"}
 
 
@@ -49,10 +45,7 @@ def test_another_model_and_a_local_jsonl(trained_tokenizer, tmp_path):
     places = {name: str(tmp_path / name) for name in ("models/mine", "chats.jsonl", "runs/mine")}
     command = [re.sub("|".join(places), lambda m: places[m[0]], part) for part in example()]
     command += [part for key, value in ON_A_CPU.items() for part in ("--set", f"{key}={value}")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = run_python(*command, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     stage = tmp_path / "runs" / "mine" / "03_sft_train"
     summary = json.loads((stage / "summary.json").read_text("utf-8"))

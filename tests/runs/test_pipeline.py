@@ -1,7 +1,6 @@
 """Whole runs: the offline default, killed runs, each notebook alone, and runs that are refused."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from checks import ROOT, run_python
 from tiny import TINY
 
 from atlas_lib import models
 from atlas_lib.config import load_config
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["01_data_prep", "02_template_audit", "03_sft_train", "04_ifeval_eval"]
 LABEL = load_config("sft_qwen05b", "offline").label
 TINY_ARGS = [argument for key, value in TINY.items() for argument in ("--set", f"{key}={value}")]
@@ -23,13 +22,8 @@ WEIGHTS_LOADED = "in nf4"  # printed by the cell of 03 that loads the weights
 pytestmark = pytest.mark.slow
 
 
-def command_of(out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tools.run", "--out", str(out), *arguments]
-
-
 def run_stages(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command, variables = command_of(out, *arguments), os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    return run_python("-m", "tools.run", "--out", out, *arguments, **environment)
 
 
 def run_tiny(out: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -38,9 +32,8 @@ def run_tiny(out: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def run_papermill(notebook: Path, out: Path) -> subprocess.CompletedProcess:
     parameters = {"OVERLAY": "offline", "OUT": str(out), "SET": json.dumps(TINY)}
-    command = [sys.executable, "-m", "papermill", str(notebook), str(out.with_suffix(".ipynb"))]
-    command += [part for name, value in parameters.items() for part in ("-p", name, value)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    given = [part for name, value in parameters.items() for part in ("-p", name, value)]
+    return run_python("-m", "papermill", notebook, out.with_suffix(".ipynb"), *given)
 
 
 def read(path: Path):
@@ -74,7 +67,7 @@ def whole(tmp_path_factory):
     return out, done.stdout
 
 
-def test_it_learns_what_it_is_taught(whole):
+def test_training_teaches_the_instructions_and_the_end_of_turn(whole):
     taught = read(whole[0] / "04_ifeval_eval" / "ifeval.json")["taught_types"]
     rows = {(row["model"], row["format"]): row for row in taught}
     base, sft = rows["base", "chat"], rows["SFT", "chat"]
@@ -84,7 +77,7 @@ def test_it_learns_what_it_is_taught(whole):
     assert sft["eos_rate"] >= 0.95
 
 
-def test_metrics_name_their_run(whole):
+def test_metrics_hold_every_model_and_format_and_their_run(whole):
     metrics = read(whole[0] / "metrics.json")
     grid = {(row["model"], row["format"]) for row in metrics}
     assert grid == {(name, form) for name in ("base", "SFT") for form in ("raw", "chat")}
@@ -94,7 +87,7 @@ def test_metrics_name_their_run(whole):
         assert len(row["by_type"]) == 25
 
 
-def test_every_notebook_shows_what_the_run_is_and_its_result(whole):
+def test_every_notebook_shows_its_label_and_its_finding(whole):
     out, printed = whole
     assert LABEL in printed
     for stage in STAGES:
@@ -104,21 +97,18 @@ def test_every_notebook_shows_what_the_run_is_and_its_result(whole):
     assert "not run" in shown_by("04_ifeval_eval", out)
 
 
-def test_the_audit_is_complete(whole):
+def test_every_row_is_audited_and_compared_with_the_trainer(whole):
     folder = whole[0] / "02_template_audit"
     summary = read(folder / "summary.json")
     lines = (folder / "sft_template_audit.jsonl").read_text("utf-8").splitlines()
     assert summary["rows"] == summary["rows_ok"] == len(lines) == 605
+    shown = shown_by("02_template_audit", whole[0])  # an example with several assistant turns
+    assert len(re.findall(r"<b [^>]*>[^<]*&lt;\|im_end\|&gt;</b>", shown)) >= 2
     trained = read(whole[0] / "03_sft_train" / "summary.json")
     assert trained["rows_compared_with_audit"] == 605
 
 
-def test_the_audited_example_has_several_assistant_turns(whole):
-    shown = shown_by("02_template_audit", whole[0])
-    assert len(re.findall(r"<b [^>]*>[^<]*&lt;\|im_end\|&gt;</b>", shown)) >= 2
-
-
-def test_a_second_run_reuses_everything(whole):
+def test_a_second_run_reuses_all_stages(whole):
     before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*") if path.is_file()}
     done = run_stages(whole[0], "--overlay", "offline")
     assert done.returncode == 0
@@ -131,7 +121,8 @@ MIDDLE = ["digest", "digest", "the trainer's labels", "generating (raw)"]
 
 
 def test_a_run_killed_in_any_stage_continues_when_repeated(tmp_path):
-    command = command_of(tmp_path, "--overlay", "offline", *TINY_ARGS)
+    command = [sys.executable, "-m", "tools.run", "--out", str(tmp_path)]
+    command += ["--overlay", "offline", *TINY_ARGS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for stage, middle in zip(STAGES, MIDDLE, strict=True):
         process, started = subprocess.Popen(command, cwd=ROOT, **pipes), False

@@ -1,33 +1,27 @@
 """Canary secrets go through notebook 03 with the real clients and are found in no file or line."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import stub_hub
+from checks import run_python
 from tiny import TINY
 
-ROOT = Path(__file__).resolve().parents[2]
 WANDB_KEY = "canary7d3e5b" * 4
 SECRETS = (stub_hub.TOKEN, WANDB_KEY)
 GIVEN = TINY | {"output.hub_repo": "{user}/atlas-test", "train.report_to": "wandb"}
 
 
-def train(hub, out: Path, home: Path, **more) -> subprocess.CompletedProcess:
+def train(hub, out: Path, home: Path, **more):
     """Notebook 03 with both secrets in its environment."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in (GIVEN | more).items()]
-    command = [sys.executable, "-m", "tools.run", "01_data_prep", "02_template_audit"]
-    command += ["03_sft_train", "--overlay", "offline", "--out", str(out)]
-    command += [part for override in overrides for part in ("--set", override)]
+    command = ["01_data_prep", "02_template_audit", "03_sft_train", "--overlay", "offline"]
+    command += ["--out", out, *(part for text in overrides for part in ("--set", text))]
     variables = {"HF_TOKEN": SECRETS[0], "WANDB_API_KEY": SECRETS[1], "WANDB_MODE": "offline"}
     variables |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     variables |= {"NO_PROXY": "*", "no_proxy": "*"}
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
-    )
+    return run_python("-m", "tools.run", *command, **variables)
 
 
 def leaks(folder: Path) -> list[str]:

@@ -3,21 +3,18 @@
 Whole pipelines run in tests/runs/test_pipeline.py.
 """
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import nbformat
 import pytest
+from checks import ROOT, run_python
 
-from atlas_lib import artifacts, data, stages
+from atlas_lib import artifacts, stages
 from atlas_lib.config import load_config
 from tools import run
 
-ROOT = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "01_data_prep", "02_template_audit"
 
 BAD_ARGUMENTS = {
@@ -27,21 +24,14 @@ BAD_ARGUMENTS = {
     "shortened option": (["--overla", "offline", "05_dpo"], "--overla"),
     "unknown overlay": (["--overlay", "nope"], "'nope'"),
     "set without value": (["--set", "train.max_steps"], "KEY=VALUE"),
-    "set of unknown key": (["--set", "train.max_step=1"], "'train.max_steps'"),
-    "set of no rows": (["--set", "data.n_samples=0"], "data.n_samples is 0"),
-    "set of wrong type": (["--set", "train.max_steps=ten"], "train.max_steps is 'ten'"),
+    "set of unknown key": (["--set", "data.n_sample=1"], "'data.n_samples'"),
 }
-
-
-def command_line(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_bad_arguments_are_one_sentence_and_nothing_is_written(name, tmp_path):
     arguments, words = BAD_ARGUMENTS[name]
-    done = command_line(*arguments, "--out", str(tmp_path / "out"))
+    done = run_python("-m", "tools.run", *arguments, "--out", tmp_path / "out")
     assert done.returncode != 0
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -53,7 +43,8 @@ def test_bad_arguments_are_one_sentence_and_nothing_is_written(name, tmp_path):
 
 def test_an_out_that_is_not_writable_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    done = command_line(FIRST, "--overlay", "offline", "--out", str(tmp_path / "file" / "out"))
+    out = tmp_path / "file" / "out"
+    done = run_python("-m", "tools.run", FIRST, "--overlay", "offline", "--out", out)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: OUT ")
     assert done.stderr.count("\n") == 1
@@ -105,7 +96,7 @@ def out(config, tmp_path) -> Path:
     return tmp_path
 
 
-def test_reuse_does_not_touch_anything(config, out, capsys):
+def test_reuse_changes_no_file(config, out, capsys):
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for stage in (FIRST, SECOND):
         assert run.run_stage(stage, config, out, {}, force=False) == "reused"
@@ -120,23 +111,14 @@ def edit_last_cell(out: Path) -> None:
     nbformat.write(notebook, executed(FIRST, out))
 
 
-def never_run_by_papermill(out: Path) -> None:
-    source = ROOT / "notebooks" / f"{FIRST}.ipynb"
-    executed(FIRST, out).write_bytes(source.read_bytes())
-
-
 # What happened to stage 01 -> what the reason says.
 FAULTS = {
     "built by another stage": (lambda out: executed(FIRST, out).unlink(), "not run yet"),
     "no manifest": (lambda out: (out / FIRST / artifacts.MANIFEST).unlink(), "not run yet"),
     "failed": (lambda out: write_executed(FIRST, out, exception=True), "not to its end"),
     "killed": (lambda out: write_executed(FIRST, out, end_time=None), "not to its end"),
-    "never run by papermill": (never_run_by_papermill, "not to its end"),
-    "empty notebook": (lambda out: os.truncate(executed(FIRST, out), 0), "not to its end"),
     "cut-off notebook": (lambda out: os.truncate(executed(FIRST, out), 400), "not to its end"),
     "other code": (edit_last_cell, "not to its end"),
-    "empty manifest": (lambda out: (out / FIRST / artifacts.MANIFEST).write_text(""), "manifest"),
-    "output gone": (lambda out: (out / FIRST / "rows.jsonl").unlink(), "rows.jsonl"),
     "output edited": (lambda out: (out / FIRST / "rows.jsonl").write_text("{}\n"), "rows.jsonl"),
 }
 
@@ -148,17 +130,14 @@ def test_a_stage_that_is_not_finished_and_intact_runs_again(fault, config, out):
     assert words in run.why_not_reused(FIRST, config, out)
 
 
-def test_another_configuration_runs_again_and_the_reason_names_the_key(out):
+def test_another_configuration_runs_the_stage_again(out):
     changed = load_config("sft_qwen05b", "", {"data.n_samples": 7})
     assert "data.n_samples is 5000 there and 7 here" in run.why_not_reused(FIRST, changed, out)
-
-
-def test_a_key_of_a_later_stage_does_not_matter(out):
     later = {"eval.limit": 3, "train.learning_rate": 1e-3}
     assert run.why_not_reused(FIRST, load_config("sft_qwen05b", "", later), out) is None
 
 
-def test_another_result_of_the_stage_before_runs_again_the_same_one_does_not(config, out):
+def test_another_result_of_the_stage_before_runs_a_stage_again(config, out):
     finish(FIRST, config, out)
     assert run.why_not_reused(SECOND, config, out) is None
     finish(FIRST, config, out, text="another row")
@@ -166,21 +145,6 @@ def test_another_result_of_the_stage_before_runs_again_the_same_one_does_not(con
     assert f"another {FIRST}" in run.why_not_reused(SECOND, config, out)
     (out / FIRST / artifacts.MANIFEST).unlink()
     assert "out of date" in run.why_not_reused(SECOND, config, out)
-
-
-def test_a_local_dataset_that_was_edited_runs_again(tmp_path, monkeypatch):
-    """Its path stays the same, but its rows do not."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    source, out = tmp_path / "chats.jsonl", tmp_path / "out"
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    source.write_text(f"{json.dumps({'messages': chat})}\n" * 3, "utf-8")
-    overrides = {"data.dataset": str(source), "data.n_samples": 2, "data.n_validation": 1}
-    config = load_config("sft_qwen05b", "", overrides)
-    data.prepare_subset(config, out)
-    write_executed(FIRST, out)
-    assert run.why_not_reused(FIRST, config, out) is None
-    source.write_text(source.read_text("utf-8").replace('"a"', '"b"'), "utf-8")
-    assert run.why_not_reused(FIRST, config, out)
 
 
 def test_the_table_has_a_line_for_each_model_and_format_and_its_label():

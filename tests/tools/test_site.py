@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
 from bs4 import BeautifulSoup
+from checks import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 SITE, SCREENSHOTS = ROOT / "build" / "site", ROOT / "build" / "screenshots"
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
@@ -45,9 +43,7 @@ UNREACHED = """() => [...document.querySelectorAll("a[href], button, summary, in
 
 @pytest.fixture(scope="session")
 def site():
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.website"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_python("-m", "tools.website")
     assert done.returncode == 0, done.stderr[-3000:]
     return SITE
 
@@ -78,7 +74,7 @@ def test_every_internal_link_is_alive_and_nothing_loads_from_elsewhere(site):
     assert dead_links(site) == []
 
 
-def test_every_page_says_what_the_published_run_is(site):
+def test_every_page_shows_the_label_of_the_published_run(site):
     label = json.loads((ROOT / "results" / "run.json").read_bytes())["label"]
     for path in site.rglob("*.html"):
         assert label in path.read_text("utf-8"), path
@@ -127,14 +123,15 @@ def logged_by(page) -> list[str]:
     """A list that collects errors, failed requests and requests to the network, as they occur."""
     found: list[str] = []
 
-    def log_request(request) -> None:
-        if not request.url.startswith(("file:", "data:")):
-            found.append(f"external: {request.url}")
+    def log_if(condition: bool, line: str) -> None:
+        if condition:
+            found.append(line)
 
-    page.on("console", lambda m: found.append(f"console: {m.text}") if m.type == "error" else None)
-    page.on("pageerror", lambda error: found.append(f"script: {error}"))
-    page.on("requestfailed", lambda request: found.append(f"request failed: {request.url}"))
-    page.on("request", log_request)
+    page.on("console", lambda message: log_if(message.type == "error", f"console: {message.text}"))
+    page.on("pageerror", lambda error: log_if(True, f"script: {error}"))
+    page.on("requestfailed", lambda request: log_if(True, f"request failed: {request.url}"))
+    local = ("file:", "data:")
+    page.on("request", lambda r: log_if(not r.url.startswith(local), f"external: {r.url}"))
     return found
 
 

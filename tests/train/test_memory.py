@@ -42,9 +42,10 @@ def bytes_of_a_batch(config, rows: int, tokens: int, dtype: torch.dtype) -> int:
     return sum(size for address, size in kept.items() if address not in weights)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 256), (4, 512)])
-def test_the_probe_predicts_what_a_batch_keeps(rows, tokens, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "rows", "tokens"), [("float32", 1, 256), ("float32", 4, 512), ("bfloat16", 4, 512)]
+)
+def test_the_probe_predicts_what_a_batch_keeps(dtype, rows, tokens):
     config, device = recipe(), devices.Device("cpu", dtype, "test")
     base = Qwen2ForCausalLM(SHAPE).to(getattr(torch, dtype))
     predicted = memory.activation_bytes(base, config, device, rows * tokens)
@@ -61,10 +62,11 @@ def test_the_probe_leaves_the_model_and_the_random_state_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_configured_choice_is_taken_without_a_probe(wanted, capsys):
-    assert memory.must_checkpoint(None, recipe(activation_checkpointing=wanted), CPU) is wanted
-    assert "as configured" in capsys.readouterr().out
+def test_without_a_choice_to_make_there_is_no_probe(capsys):
+    for wanted in (True, False):
+        assert memory.must_checkpoint(None, recipe(activation_checkpointing=wanted), CPU) is wanted
+        assert "as configured" in capsys.readouterr().out
+    assert memory.must_checkpoint(None, recipe(max_length=None), CPU)  # rows of any length
 
 
 @pytest.mark.parametrize(("share", "answer"), [(0.5, True), (2.0, False)])
@@ -75,8 +77,3 @@ def test_if_left_open_it_depends_on_free_memory(share, answer, monkeypatch, caps
     monkeypatch.setattr(devices, "free_bytes", lambda device: int(share * needed))
     assert memory.must_checkpoint(base, config, CPU) is answer
     assert f"{rows} x {tokens:,} tokens keep" in capsys.readouterr().out
-
-
-def test_rows_of_any_length_are_checkpointed():
-    assert memory.must_checkpoint(None, recipe(max_length=None), CPU)
-    assert load_config("sft_qwen05b").train.activation_checkpointing is True  # as published

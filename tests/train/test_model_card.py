@@ -42,20 +42,18 @@ def test_every_value_of_recipe_and_run_is_there(tmp_path):
 
 
 def test_without_a_push_it_names_no_folder_of_this_machine(tmp_path):
-    assert 'from_pretrained("USER/atlas-sft-qwen05b-v2")' in written(tmp_path).text
-    assert 'from_pretrained("path/to/this/folder")' in written(tmp_path, "offline").text
-
-
-def test_no_placeholder_is_left(tmp_path):
-    assert not re.search(r"\{\{|\}\}|\{%|None|undefined", written(tmp_path).content)
+    card = written(tmp_path)
+    assert 'from_pretrained("USER/atlas-sft-qwen05b-v2")' in card.text
+    assert not re.search(r"\{\{|\}\}|\{%|None|undefined", card.content)
 
 
 @pytest.mark.parametrize("overlay", ["offline", "smoke"])
-def test_a_run_that_is_not_the_real_one_is_labelled_first(overlay, tmp_path):
+def test_a_run_that_is_not_the_published_recipe_is_labelled_first(overlay, tmp_path):
     label = load_config("sft_qwen05b", overlay).label
     assert label[1:] in written(tmp_path, overlay).text.split("## Usage")[0]
 
 
 def test_embedded_names_are_not_links(tmp_path):
-    data = written(tmp_path, "offline").data
-    assert (data.base_model, data.datasets) == (None, None)
+    card = written(tmp_path, "offline")
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert 'from_pretrained("path/to/this/folder")' in card.text
