@@ -17,6 +17,7 @@ from checks import refusal, run_python
 
 from atlas_lib import artifacts, bootstrap, devices, notebooks, progress, session, stages
 from atlas_lib.config import load_config
+from atlas_lib.train import callbacks
 
 CANARY = "canary-2f9c1d"
 PLATFORM = ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "COLAB_GPU")
