@@ -32,8 +32,9 @@ def start(
     config = load_config(config_name, overlay, overrides)
     folder = session.output_folder(out, config_name, overlay)
     session.export_secrets()
+    stage = name if name in stages.STAGES else stages.IFEVAL_EVAL  # a report is no stage
     stamp = {
-        "digest": artifacts.config_digest(config, *[name] * (name in stages.STAGES)),
+        "digest": artifacts.config_digest(config, stage),
         "commit": session.commit(),
         "platform": platform_name(),
         "out": str(folder),
