@@ -1,7 +1,7 @@
 """Results on disk: one folder per stage, its manifest written last, with the hash of every file.
 
-Identity has one form: `made_from` is the mapping of all that decides a result, `digest` is its
-short name, and `difference` says where two of them differ.
+A result is identified by what it was made from: `made_from` lists it, `digest` hashes it, and
+`difference` names the first mismatch. Code and package versions are recorded, not compared.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from atlas_lib.schema import Config
 
 MANIFEST, MANIFEST_FORMAT = "manifest.json", 2
 KAGGLE_INPUT = session.KAGGLE / "input"
-# Arguments of SFTConfig that decide no result.
+# Arguments of SFTConfig that do not affect the result.
 WITHOUT_EFFECT = {"train.report_to", "train.run_name", "train.output_dir", "train.disable_tqdm"}
 WITHOUT_EFFECT |= {"train.dataloader_num_workers"}
 
@@ -62,7 +62,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def made_from(stage: str, config: Config) -> dict[str, Any]:
-    """All that decides the result of a stage: configuration keys and the content of local files."""
+    """What determines the result of a stage: config keys and the content of local sources."""
     begins = stages.decided_by(stage)
     values = {
         key: value
@@ -79,7 +79,7 @@ def digest(made_from: Any) -> str:
 
 
 def config_digest(config: Config, stage: str = stages.IFEVAL_EVAL) -> str:
-    """The digest of what decides a stage's result; by default, the last stage's."""
+    """The digest of what determines a stage's result; by default, the last stage's."""
     return digest(made_from(stage, config))
 
 
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def result_digest(folder: Path) -> str:
-    """The digest of what a stage made and from what: equal wherever and whenever it ran."""
+    """The digest of what a stage wrote and of what it was made from."""
     manifest = read_manifest(folder)
     return digest({key: manifest[key] for key in ("made_from", "inputs", "outputs")})
 

@@ -1,4 +1,4 @@
-"""Every workaround for an upstream defect, with its issue and the version at which it can go.
+"""Workarounds for defects of the training stack, with the issue and when each can go.
 
 Importing this module hides the messages below, which a user cannot act on. It imports nothing heavy
 itself, so that `bootstrap` can use it before any package is loaded.
@@ -74,7 +74,7 @@ def trainer_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_adapter_in_float32(model: "torch.nn.Module") -> None:
-    """Cast trainable parameters to float32, whatever precision computes.
+    """Cast trainable parameters to float32, whatever the compute precision.
 
     TRL 1.16 makes them bfloat16 for any 4-bit model: CUDA's GradScaler cannot unscale that
     (trl#4901), and updates at a rate of 2e-4 would be rounded away. Can go when TRL casts them
@@ -112,7 +112,7 @@ def keep_attention_lean(dtype: str) -> None:
 
 
 def fit_loss_to_cpu(device: str) -> None:
-    """Let TRL's loss skip unsupervised positions on a CPU, and work in tiles that malloc keeps.
+    """Let TRL's loss on a CPU skip unsupervised positions and use tiles that malloc can reuse.
 
     Off a GPU, TRL 1.16 scores every position to keep shapes constant for compilers, then discards
     most of them; its tiles of half a GiB are mapped and cleared anew each time. The loss stays the

@@ -48,7 +48,7 @@ def start(
 
 
 def headline() -> "DisplayHandle":
-    """A line that the notebook's last cell replaces by its finding."""
+    """A line that a cell at the end of the notebook replaces by its finding."""
     from IPython.display import Markdown, display
 
     return display(Markdown("*The result appears here at the end.*"), display_id=True)
@@ -138,7 +138,7 @@ def keep(name: str, out: Path) -> None:
 
 
 def ran_through(name: str, out: Path) -> bool:
-    """Whether out/notebooks has this very notebook, executed to its end without an error."""
+    """Whether out/notebooks has this notebook with the same code, executed without an error."""
     try:
         executed = artifacts.read_json(out / "notebooks" / f"{name}.ipynb")
         run = executed["metadata"]["papermill"]

@@ -1,4 +1,4 @@
-"""A configured name -> a local file or folder, or a hub id at a revision: the only resolver.
+"""Resolve a configured name to a local path or a hub id; all look-ups go through here.
 
 `embedded:` names stand for the tiny model and its data, which `fetch` builds on first use.
 """
@@ -57,7 +57,7 @@ def contents(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
 
 def content(name: str, config: Config) -> dict[str, Any]:
-    """What decides the content of a local source, by key; {} for a hub id."""
+    """What determines the content of a local source, by key; {} for a hub id."""
     if name.startswith(EMBEDDED):
         from atlas_lib.standin import tiny_model
 
@@ -67,7 +67,7 @@ def content(name: str, config: Config) -> dict[str, Any]:
         return {}
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if any(file.name in ("config.json", "adapter_config.json") for file in files):
-        files = [file for file in files if file.suffix != ".md"]  # a model card decides nothing
+        files = [file for file in files if file.suffix != ".md"]  # a model card does not matter
     found = hashlib.sha256()
     for file in files:
         found.update(f"{file.relative_to(path)} {sha256(file)}\n".encode())

@@ -1,4 +1,4 @@
-"""The stages, once: what each one reads, what decides its result, whether it needs a GPU."""
+"""The single definition of the stages: inputs, the config keys that matter, use of a GPU."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Stage:
     """One notebook and the folder that it writes below OUT."""
 
     needs: tuple[str, ...]  # stages whose folders it reads
-    decided_by: tuple[str, ...]  # how the configuration keys begin that decide its result
+    decided_by: tuple[str, ...]  # prefixes of the config keys that determine its result
     gpu: bool = False
 
 
@@ -32,5 +32,5 @@ def earlier(name: str) -> list[str]:
 
 
 def decided_by(name: str) -> tuple[str, ...]:
-    """How the keys begin that decide the result of stage `name`, of earlier stages included."""
+    """Prefixes of the config keys that determine stage `name`, those of earlier stages included."""
     return tuple(key for stage in (*earlier(name), name) for key in STAGES[stage].decided_by)

@@ -1,4 +1,4 @@
-"""Which tokens the loss sees: the chat template with markers, and a mask that needs none.
+"""Which tokens the loss sees, found in two independent ways.
 
 `patch_chat_template_for_assistant_mask` marks the assistant's tokens in the template.
 `assistant_spans` and `mask_of_spans` find the same tokens without markers, for the audit.
@@ -62,7 +62,7 @@ def shipped_template(name: str) -> str:
 
 
 def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
-    """Mark the assistant's tokens in `tokenizer.chat_template`. False: it already was.
+    """Mark the assistant's tokens in `tokenizer.chat_template`; returns False if it was marked.
 
     Rendered text stays identical. Raises ValueError for a template that is not Qwen2.5's.
     """

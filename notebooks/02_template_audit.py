@@ -162,9 +162,10 @@ counts = {key: f"{summary[key]:,}" for key in ("rows", *audit.COUNTED)}
 pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_share']:.1%}"}})
 
 # %% [markdown]
-# `rows_failed` counts the rows in which the two masks differ anywhere. `straddling` counts tokens
-# that contain both the newline before a response and its first characters; they are learned,
-# because otherwise the first word would not be.
+# `rows_failed` counts the rows in which the two masks differ anywhere, or that fail another check
+# of the audit, such as a changed text. `straddling` counts tokens that contain both the newline
+# before a response and its first characters; they are learned, since otherwise the first word would
+# be lost.
 #
 # ## Comparison with TRL's markers
 #
@@ -203,8 +204,8 @@ notebooks.show_figure(figure, alt, config.label)
 #
 # ## The gate
 #
-# Notebook 03 refuses to train if a row failed, if this audit is missing, or if it was made from
-# another subset, tokenizer or length.
+# Notebook 03 refuses to train if a row failed, or if this audit was made from another subset,
+# tokenizer or length. If there is no audit yet, notebook 03 runs it first.
 
 # %%
 assert summary["rows_failed"] == 0, summary["errors"]

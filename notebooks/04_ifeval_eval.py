@@ -30,7 +30,7 @@
 # number of prompts that would be needed to detect a smaller effect.
 #
 # **Inputs:** the adapter of notebook 03 (or `model.adapter`) and the prompts. **Outputs:**
-# `04_ifeval_eval/responses/`, `scores/`, `ifeval.json`, and `metrics.json`.
+# `04_ifeval_eval/responses/`, `scores/` and `ifeval.json`, and `metrics.json` in OUT.
 
 # %% tags=["parameters"]
 CONFIG = "sft_qwen05b"
@@ -148,12 +148,12 @@ adapter = config.model.adapter or trained / "adapter"
 # %% [markdown]
 # ## Generate the responses
 #
-# All models use weights of the same precision, so that only the adapter differs; it is merged into
-# the weights. In float32, merging changes no token (the tests compare the rows); in half precision,
-# a near tie between two tokens may be resolved differently.
+# All models use weights of the same precision, so that only the adapter differs. It is merged into
+# the weights, unless they are in 4 bits. In float32, merging changes no token (the tests compare
+# the rows); in half precision, a near tie between two tokens may be resolved differently.
 #
 # A response is cut at the first stop token before it is decoded to text. Finished responses are
-# stored in `responses/` at once, and the next prompt takes the free slot in the batch. After an
+# stored in `OUT/responses/` at once, and the next prompt takes the free slot in the batch. After an
 # interruption, re-running generates only the missing responses. On a machine with several GPUs the
 # models are distributed over them.
 
@@ -277,8 +277,8 @@ notebooks.show_figure(axes.figure, f"Share followed, by type and model. {finding
 tables.type_table(primary["by_type"])
 
 # %% [markdown]
-# Where the taught types are known, the effect should be clearest on the prompts that ask for
-# nothing else; these are their scores.
+# Where the taught types are known, the effect should be clearest on the prompts whose instructions
+# are all taught types; these are their scores.
 
 # %%
 subset = [i for i, p in enumerate(prompts) if set(p["instruction_id_list"]) <= taught]
@@ -309,8 +309,9 @@ for heading, failing, passing in (("won", a, b), ("lost", b, a)):
 # ## Sensitivity
 #
 # A test without a significant result does not show that there is no effect. The first number is the
-# smallest net win that would have been significant with as many discordant prompts. The second one
-# is the number of prompts needed to detect an effect of the observed size with the given power.
+# smallest net win that would have been significant with the same number of discordant prompts. The
+# second one is the number of prompts needed to detect an effect of the observed size with the given
+# power.
 
 # %%
 seen = significance.sensitivity(primary, len(prompts), alpha)
@@ -351,8 +352,7 @@ headline.update(
 )
 
 # %% [markdown]
-# Kaggle returns the files of a run but not the executed notebook; on Kaggle, the next line copies
-# the notebook beside them.
+# Kaggle returns the files of a run but not its notebook; there, the next cell stores it with them.
 
 # %% tags=["keep"]
 notebooks.keep("04_ifeval_eval", out)

@@ -202,9 +202,9 @@ varied.pivot_table(index=keys[0], columns=keys[1:], values=metric).round(4)
 # If the best value lies at the edge of the space, the space was too small: extend the next sweep in
 # that direction.
 #
-# *Importance* is the share of a parameter in the decrease of the objective's variance in a random
-# forest fitted to the points. It describes this space only: a parameter that was hardly varied
-# cannot be important.
+# *Importance* is how much of the variance reduction in a random forest fitted to the points is due
+# to a parameter. It describes this space only: a parameter that was hardly varied cannot be
+# important.
 
 # %%
 print(f"at the edge of the space: {', '.join(analysis.at_an_edge(exported, best)) or 'nothing'}")
@@ -232,7 +232,7 @@ print(winning)
 # %%
 print(f"{exported['device_hours']:.2f} device hours")
 parts = pd.DataFrame([run["parts"] for row in points for run in row["runs"].values()])
-parts.mean().rename("seconds a run").to_frame().round(1) if len(parts.columns) else "not timed"
+parts.mean().rename("seconds per run").to_frame().round(1) if len(parts.columns) else "not timed"
 
 # %% [markdown]
 # ## The evaluation on the test prompts

@@ -1,4 +1,4 @@
-"""Write configs/dev_prompts.jsonl: prompts in IFEval's schema by which settings are chosen.
+"""Write configs/dev_prompts.jsonl: prompts in IFEval's schema, used to choose settings.
 
 python -m tools.dev_prompts     # deterministic; a test checks that none is a prompt of IFEval
 """

@@ -80,7 +80,7 @@ def build_stages(args: argparse.Namespace) -> None:
 
 
 def push_stages(args: argparse.Namespace) -> None:
-    """send a build that Kaggle does not have yet, if what it needs is complete"""
+    """send a new build, provided that its upstream stages are complete"""
     check = functools.partial(bundle.pushable, allow_dirty=args.allow_dirty)
     each_stage(args, check, runs.push_version, args.alone)
 

@@ -23,7 +23,7 @@ def known_secrets() -> dict[str, str]:
 
 
 def finding(text: str, known_only: bool = False) -> str | None:
-    """What secret `text` holds: a known one or, unless `known_only`, what looks like one."""
+    """The name of the secret in `text`, or None; `known_only` skips the search for patterns."""
     for name, value in known_secrets().items():
         if value in text:
             return name

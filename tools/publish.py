@@ -49,8 +49,8 @@ def collect_files(
 ) -> tuple[dict[str, str], list[dict]]:
     """What to write below results/, by name, and the rows of metrics. Raises ValueError.
 
-    A run has the four stages or, as a sweep's report does, a notebook and no metrics. Notebooks
-    that are shown have to be those of HEAD; for metrics alone, those of the run's own commit.
+    A run has the four stages or, as a sweep's report does, a notebook and no metrics. Published
+    notebooks must match HEAD; with `metrics_only`, the commit that they ran at.
     """
     paths = {path.stem: path for path in sorted((run / "notebooks").glob("*.ipynb"))}
     missing = STAGES.keys() - paths.keys()

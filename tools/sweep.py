@@ -1,4 +1,4 @@
-"""Parameter sweeps: many runs of the notebooks, kept by Optuna, chosen on dev prompts.
+"""Parameter sweeps: many runs of the notebooks, tracked by Optuna; dev prompts choose the winner.
 
 python -m tools.sweep run lr_rank_offline      # all of it; the same command resumes it
 python -m tools.sweep work --study lr_rank --storage postgresql://host/atlas  # join from anywhere

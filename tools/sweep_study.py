@@ -49,7 +49,7 @@ class TrialError(Exception):
 
 
 class Storage(optuna.storages.RDBStorage):
-    """Optuna's storage; a heartbeat that the database misses is made up for by the next one."""
+    """Optuna's storage; a heartbeat that cannot be written is skipped: the next one suffices."""
 
     def record_heartbeat(self, trial_id: int) -> None:
         with contextlib.suppress(StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
@@ -140,7 +140,7 @@ def join(name: str, storage: Storage, home: Path) -> OpenStudy:
 
 
 def sweep_made_from(sweep: Sweep) -> dict[str, Any]:
-    """What decides the results of a sweep: the same on every machine that joins."""
+    """What determines the results of a sweep: equal on every machine that joins."""
     digest = artifacts.config_digest(load_config(sweep.config, sweep.overlay, sweep.set))
     given = sweep.model_dump(mode="json", exclude={"name", "budget", "workers"})
     return {"study format": 2, **given, "resolved configuration": digest}
@@ -283,7 +283,7 @@ def error_of(trial: FrozenTrial) -> str | None:
 
 
 def why_failing(opened: OpenStudy) -> str | None:
-    """A sentence if the points that ended last have failed, as many as the budget allows."""
+    """Why to stop, if the last `consecutive_failures` points to end have all failed; else None."""
     most = opened.sweep.budget.consecutive_failures
     ended = [t for t in counted(opened.study).values() if has_ended(t)]
     last = heapq.nlargest(most, ended, key=lambda trial: trial.datetime_complete)

@@ -1,4 +1,4 @@
-"""One trial of a sweep: the notebooks in a process of their own, one run a seed."""
+"""One trial of a sweep: the notebooks in a process of their own, one run per seed."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ def run_seed(place: Place, point: int, params: dict, seed: int) -> dict[str, Any
 
 
 def evaluate_winner(place: Place, point: int, params: dict, seed: int) -> list[dict]:
-    """The winner's metrics on the test prompts; it is trained again if another machine has it."""
+    """The winner's metrics on the test prompts; retrained here if its adapter is elsewhere."""
     trained, out = place.folder(point, seed), place.home / "winner" / f"{point:04d}"
     if trained.is_dir():
         copy_once(trained, out)
@@ -101,7 +101,7 @@ def build_shared(place: Place, overrides: dict) -> Path:
 
 
 def shared_digest(sweep: Sweep, config: Any) -> str:
-    """12 hex digits of all that decides the shared stages and the base model's responses."""
+    """12 hex digits of all that determines the shared stages and the base model's responses."""
     evaluated = artifacts.made_from("04_ifeval_eval", config).items()
     decided_by = {k: v for k, v in evaluated if k.startswith(("model.", "eval.", "content of"))}
     return artifacts.digest(artifacts.made_from(shared_stages(sweep)[-1], config) | decided_by)
@@ -151,7 +151,7 @@ def run_module(place: Place, command: list[str], out: Path, environment: dict[st
 
 
 def main() -> None:
-    """The process of one run: it holds its locks to its end, even if its worker is killed before.
+    """The process of one run: it keeps its locks until it exits, even if its worker dies first.
 
     So the next worker's run waits for it, and two never write into one folder or share a device.
     """

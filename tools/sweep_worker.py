@@ -24,7 +24,7 @@ POLL = 2.0  # seconds
 
 
 def run_worker(opened: OpenStudy) -> None:
-    """Run trials until none is left; wait while the last ones run, in case they are interrupted."""
+    """Run trials until none is left, and take over what other workers were interrupted in."""
     with contextlib.ExitStack() as stack:
         place = take_device(stack, opened)
         while not (reason := sweep_study.why_over(opened)):

@@ -1,1 +1,1 @@
-"""What notebook 04 alone needs: decoding, responses, IFEval, paired statistics."""
+"""What notebook 04 needs: decoding, responses, IFEval, paired statistics."""

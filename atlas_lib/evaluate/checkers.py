@@ -64,7 +64,7 @@ def _fetch_punkt(cache: Path) -> Path:
 
 @functools.cache
 def lm_eval_checkers() -> ModuleType:
-    """lm-eval's module. Punkt comes first: the import tries to download it and reports success."""
+    """lm-eval's module; its import would try to download Punkt and report success on failure."""
     ensure_punkt()
     import langdetect
     import lm_eval.tasks.ifeval.utils

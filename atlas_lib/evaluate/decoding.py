@@ -223,7 +223,7 @@ class SlotCache:
 
 
 def diagnose(responses: list[dict]) -> dict[str, float]:
-    """What confounds a comparison: shares at the cap, ended by <|im_end|>, empty; mean tokens.
+    """Possible confounders: shares that hit the cap, end with <|im_end|>, are empty; mean tokens.
 
     "distinct" counts different texts. "repetition" is the share of responses dominated by a loop:
     more than half of their sequences of four words or marks occur earlier in the same response.

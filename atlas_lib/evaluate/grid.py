@@ -1,4 +1,4 @@
-"""The evaluation grid: every model in every prompt format, in this process or one process a GPU."""
+"""The evaluation grid: every model in every prompt format, in this process or in one per GPU."""
 
 import functools
 import hashlib
@@ -42,14 +42,14 @@ def response_origin(
     adapter: str | Path,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """Everything that decides a model's responses; another value starts another file."""
+    """All that determines a model's responses beside the prompts; another value, another file."""
     role, model = ROLES[name], config.model
     weights = _content(getattr(model, role), getattr(model, f"{role}_revision"), config)
     adapted = _content(str(adapter), model.adapter_revision, config) if name == "SFT" else None
     return {
         "weights": weights,
         "adapter": adapted,
-        "in_4bit": config.eval.load_in_4bit,
+        "quantization": config.quantization.model_dump() if config.eval.load_in_4bit else None,
         "precision": f"{device.name} {device.dtype}",
         "format": prompt_format,
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:12],
@@ -59,14 +59,14 @@ def response_origin(
 
 
 def _content(name: str, revision: str | None, config: Config) -> dict[str, Any]:
-    """What decides a model: the content of a local folder, or a hub id and its revision."""
+    """What determines a model: the content of a local folder, or a hub id and its revision."""
     return sources.content(name, config) or {"hub": [name, revision]}
 
 
 def generate_all(
     config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
-    """{(model, format): responses} of the whole grid; with several GPUs, one process a GPU.
+    """{(model, format): responses} of the whole grid; with several GPUs, one process per GPU.
 
     Raises RuntimeError if a process fails.
     """
@@ -111,7 +111,7 @@ def command(config: Config, adapter: str | Path, out: Path, names: list[str]) ->
 def _generate_in_processes(
     names: list[str], config: Config, adapter: str | Path, out: Path, gpus: int
 ) -> None:
-    """Store the responses of `names` with one process a GPU, whose output is echoed."""
+    """Store the responses of `names` with one process per GPU, whose output is echoed."""
 
     def run(gpu: int) -> int:
         process = subprocess.Popen(

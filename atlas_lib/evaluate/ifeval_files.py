@@ -1,7 +1,7 @@
 """Files of prompts, responses and verdicts: every row is checked before anything is computed.
 
 Read by `artifacts.read_jsonl`: datasets' JSON loader fills kwargs with None, wants one type for all
-keys and names no line where JSON is broken.
+keys and does not report the line of broken JSON.
 """
 
 import difflib

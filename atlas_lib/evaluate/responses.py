@@ -26,7 +26,7 @@ def collect_responses(
 ) -> list[dict]:
     """One {response, n_tokens, stop} per prompt, in order; only missing ones are generated.
 
-    `prompts` are {key, prompt}. `made_from` holds all that decides the responses, as JSON values.
+    `prompts` are {key, prompt}. `made_from` holds what determines the responses, as JSON values.
     `generate_missing(prompts, on_response)` calls `on_response(position in prompts, response)` for
     each of them. It is not called if nothing is missing, so it is the place to load a model.
     Raises ValueError for a damaged file, for one that another process writes, or if some prompt

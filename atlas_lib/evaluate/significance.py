@@ -59,7 +59,7 @@ def bootstrap(gains: Sequence, sizes: Sequence, resamples: int = RESAMPLES) -> l
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value of as many wins as losses; 1 where there are neither."""
+    """McNemar's exact two-sided p-value (H0: wins and losses are equally likely)."""
     from scipy.stats import binomtest
 
     return float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
@@ -140,14 +140,14 @@ def verdict(net: int, n: int, p: float, alpha: float, clear_share: float) -> str
 
 
 def wins_needed(discordant, alpha: float):
-    """Fewest wins of so many discordant prompts (a number or an array) with McNemar's p < alpha."""
+    """Fewest wins among `discordant` prompts (a number or an array) for p < alpha."""
     from scipy.stats import binom
 
     return binom.isf(alpha / 2 * (1 - 1e-12), discordant, 0.5) + 1  # p < alpha, not p <= alpha
 
 
 def power(n: int, win_share: float, loss_share: float, alpha: float) -> float:
-    """Chance that n prompts show the winner by McNemar's exact test; exact over all outcomes."""
+    """Power of McNemar's exact test with n prompts, computed exactly."""
     import numpy as np
     from scipy.stats import binom
 
@@ -161,9 +161,9 @@ def power(n: int, win_share: float, loss_share: float, alpha: float) -> float:
 def sensitivity(paired: dict, n: int, alpha: float) -> dict:
     """What this comparison could have detected, and what it takes to detect an effect of its size.
 
-    `net_needed`: the smallest net win that is significant among as many discordant prompts (None:
-    none is). `prompts_needed`: for the observed shares of wins and losses to be found with 80 %
-    power, exactly computed (None: there is no net to find).
+    `net_needed`: the smallest net win that is significant with the same number of discordant
+    prompts, or None. `prompts_needed`: how many prompts detect the observed shares of wins and
+    losses with 80 % power, computed exactly; None if there is no net win or loss.
     """
     losses, wins = sorted((paired["only_a"], paired["only_b"]))
     needed = int(wins_needed(wins + losses, alpha)) if wins else 1

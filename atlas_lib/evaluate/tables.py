@@ -13,7 +13,7 @@ def score_table(metrics: list[dict]) -> pd.DataFrame:
         shown = {"prompts": row["n"], "instructions": row["counts"]["instructions"]}
         for name, (low, high) in row["intervals"].items():
             shown[name] = f"{row[name]:.4f} ({low:.3f} to {high:.3f})"
-        shown |= {name: f"{row[name]:.3g}" for name in DIAGNOSTICS if name in row}
+        shown |= {name: f"{row[name]:.4g}" for name in DIAGNOSTICS if name in row}
         columns[row.get("model"), row.get("format")] = shown
     return pd.DataFrame(columns)
 
@@ -25,7 +25,7 @@ def in_points(row: dict, name: str = "difference") -> str:
 
 
 def comparison_table(compared: list[dict]) -> pd.DataFrame:
-    """Paired comparisons: difference, prompts won and lost, p and verdict, a row each."""
+    """Paired comparisons: difference, prompts won and lost, p and verdict, one row each."""
     frame = pd.DataFrame(compared).drop(columns=["won", "lost"]).rename(columns=SIDES)
     frame["difference"] = [in_points(row) for row in compared]
     frame["p"] = [f"{row['p_adjusted']:.2g}" for row in compared]
@@ -41,7 +41,7 @@ def type_table(by_type: dict[str, dict[str, int]]) -> pd.DataFrame:
 
 
 def beside_ours(known: list[dict], metrics: list[dict]) -> list[dict]:
-    """Published figures with ours, and whether they lie in our interval where they should agree."""
+    """Published figures beside ours; where agreement is expected, whether ours includes them."""
     measured = {(row["model"], row["format"]): row for row in metrics}
     rows = []
     for row in known:

@@ -36,7 +36,7 @@ PARTS = {
 
 
 def made_from(part: str, config: Config) -> dict[str, Any]:
-    """All that decides a part: its configuration keys and this code. Raises ValueError."""
+    """What determines a part: its config keys and this code. Raises ValueError."""
     if part not in PARTS:
         known = ", ".join(f"embedded:{name}" for name in PARTS)
         raise ValueError(f"'embedded:{part}' does not exist; there are {known}.")

@@ -23,7 +23,7 @@ OBJECTIVES = {
     "dev_inst_strict": ("04_ifeval_eval", "maximize"),
 }
 # The trainer's seed: initial adapter, dropout, order of the rows. The config's own `seed` also
-# decides the weights of the offline model, so each seed would need a base model of its own.
+# determines the weights of the tiny model, so each seed would need a base model of its own.
 SEED_KEY = "train.seed"
 # A trial is evaluated on the dev prompts, in the format that it was trained in, and not published.
 FIXED = {

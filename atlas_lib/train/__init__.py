@@ -1,1 +1,1 @@
-"""What notebook 03 alone needs: callbacks, the hub, the model card, tracking."""
+"""What notebook 03 needs: callbacks, the hub, the model card, memory, adapters, tracking."""

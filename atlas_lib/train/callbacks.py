@@ -64,7 +64,7 @@ class Checkpoints(TrainerCallback):
     `folder` is the trainer's output_dir. `resume_from` is the newest checkpoint, in OUT or below
     /kaggle/input, of the same configuration, inputs and precision; None if there is none.
 
-    transformers' enable_jit_checkpoint does not serve: it saves between a forward pass and its
+    transformers' enable_jit_checkpoint is not enough here: it saves between a forward pass and its
     optimizer step, after which resumed dropout differs, and it calls no `on_save`. Its
     get_last_checkpoint takes incomplete checkpoints and those of another configuration.
     """

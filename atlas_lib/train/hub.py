@@ -18,7 +18,7 @@ TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def preflight(config: Config) -> str | None:
-    """The repository to push to, created if necessary; None, with the reason printed: no push.
+    """The repository to push to, created if necessary; None, after printing why, if none is.
 
     Never prompts. Raises ValueError if the token or the repository's name has to be corrected.
     """

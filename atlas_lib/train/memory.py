@@ -14,7 +14,7 @@ PROBE_TOKENS = 256
 
 
 def must_checkpoint(base: "PreTrainedModel", config: Config, device: Device) -> bool:
-    """train.activation_checkpointing; if null, whether activations do not fit without it.
+    """Whether to checkpoint activations: as configured or, if null, only if they would not fit.
 
     Prints the reason. `base` is loaded already, so that its weights are not counted as free memory.
     """

@@ -77,7 +77,7 @@ def build_kernel(stage: str, choice: dict[str, Any], folder: Path, allow_dirty: 
 
 
 def kernel_metadata(stage: str, alone: bool = False) -> dict[str, Any]:
-    """kernel-metadata.json of a stage, over what the one in the checkout sets for all.
+    """kernel-metadata.json of a stage: the checkout's file with the stage's values on top.
 
     `alone` attaches no results of other kernels.
     """

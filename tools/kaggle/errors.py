@@ -15,7 +15,7 @@ REASONS = {
 
 
 class Problem(Exception):
-    """A sentence and its exit code; where Kaggle names them, HTTP status and seconds to wait."""
+    """A message, its exit code and, if Kaggle gave them, HTTP status and seconds to wait."""
 
     def __init__(
         self, code: int, sentence: str, status: int | None = None, pause: float | None = None

@@ -175,7 +175,7 @@ def manifest_faults(folder: Path, commit: str, digest: str) -> Iterator[str]:
 
 
 def file_faults(folder: Path) -> Iterator[str]:
-    """Files that are not as their manifests name them, or that hold a secret."""
+    """Files that do not match their manifest, or that hold a secret."""
     for manifest in folder.glob(f"*/{artifacts.MANIFEST}"):
         for name, recorded in artifacts.read_manifest(manifest.parent)["outputs"].items():
             path = manifest.parent / name

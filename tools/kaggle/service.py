@@ -101,7 +101,7 @@ class Connection:
             return getattr(client.kernels.kernels_api_client, method)(request)
 
     def save(self, folder: Path, ref: str) -> int:
-        """Push a folder, once; the version that Kaggle made of it."""
+        """Push a folder without retrying; returns the number of the new version."""
         answer = self.api.kernels_push(str(folder))
         message = " ".join((answer.error or "").split())
         for fault in _faults(answer, message, ref):
