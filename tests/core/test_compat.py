@@ -80,7 +80,7 @@ def test_fitting_the_loss_to_a_cpu_skips_positions_and_keeps_its_value(base, mon
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_on_a_t4_no_batch_asks_sdpa_to_share_keys(base, monkeypatch):
+def test_on_a_t4_sdpa_is_never_called_with_enable_gqa(base, monkeypatch):
     """A batch without padding has no mask, and would get a kernel that builds the whole matrix."""
     asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
@@ -98,7 +98,7 @@ def test_on_a_t4_no_batch_asks_sdpa_to_share_keys(base, monkeypatch):
     assert set(asked) == {False}
 
 
-def test_an_older_transformers_gets_its_own_name_for_checkpointing(monkeypatch):
+def test_an_older_transformers_gets_gradient_checkpointing(monkeypatch):
     """Kaggle's image has such a version."""
     given = {"activation_checkpointing": True, "seed": 1}
     assert compat.trainer_arguments(given) == given
@@ -119,7 +119,7 @@ import peft
 
 
 @pytest.mark.parametrize("first", ["from atlas_lib import compat", ""])
-def test_messages_without_use_to_a_reader_are_hidden_by_name(first):
+def test_messages_that_do_not_help_a_reader_are_hidden(first):
     code = NOISE.format(first=first, logs=compat.SILENCED_LOGS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.count("Another message is shown") == len(compat.SILENCED_LOGS)

@@ -60,7 +60,7 @@ def test_there_are_the_stages_and_a_report():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_style(path):
+def test_a_notebook_follows_the_house_style(path):
     assert problems(path) == []
     for cell in cells_of(path, "code"):
         ast.parse(cell.source)
@@ -103,7 +103,7 @@ def paired_differences(source: Path, pair: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_pair_agrees(path):
+def test_py_and_ipynb_have_the_same_cells(path):
     assert paired_differences(path, path.with_suffix(".ipynb")) == []
 
 

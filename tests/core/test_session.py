@@ -373,7 +373,7 @@ class StatusHub(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_hubs_answer_decides_what_is_said():
+def test_a_missing_repository_is_told_from_a_hub_that_is_down():
     missing = ("s401/x", "s403/x", "s404/x")
     with loopback.serving(StatusHub) as endpoint:
         found = ask_hub(endpoint, "s200/x", *missing, "s503/x", "./missing/folder")

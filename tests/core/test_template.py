@@ -28,7 +28,7 @@ def pair(request):
     return tokenizer, original
 
 
-def test_supervised_is_what_the_model_must_emit(pair):
+def test_only_responses_and_their_end_of_turn_are_supervised(pair):
     assert supervised_text(pair[0], CHAT) == ["Only me.<|im_end|>", "Still me.<|im_end|>"]
 
 
@@ -276,7 +276,7 @@ def test_pad_equal_to_end_of_turn_is_refused(trained_tokenizer, tmp_path):
         models.load_tokenizer(broken)
 
 
-def test_published_lengths_are_held_against_the_first_rows(pair, tiny_config, monkeypatch):
+def test_the_first_rows_must_have_the_published_lengths(pair, tiny_config, monkeypatch):
     [row] = audited_rows(pair, [CHAT], tiny_config)
     known = [{"idx": 0, "n_tokens": row["n_tokens"] + 1}]
     monkeypatch.setattr(data, "known_rows", lambda config: known)

@@ -111,6 +111,17 @@ class Hub:
         return 200, {"commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
 
 
+def body_of(request: BaseHTTPRequestHandler) -> bytes:
+    if request.headers.get("Transfer-Encoding", "") != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+    parts = []
+    while size := int(request.rfile.readline(), 16):
+        parts.append(request.rfile.read(size))
+        request.rfile.readline()
+    request.rfile.readline()
+    return b"".join(parts)
+
+
 @contextlib.contextmanager
 def serve() -> Iterator[Hub]:
     """A hub that answers until the block ends."""
@@ -120,7 +131,7 @@ def serve() -> Iterator[Hub]:
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
-            answer = hub.answer(path, self.headers.get("Authorization"), self.body())
+            answer = hub.answer(path, self.headers.get("Authorization"), body_of(self))
             if answer is None:
                 return  # the connection ends without a word
             status, content = answer
@@ -137,16 +148,6 @@ def serve() -> Iterator[Hub]:
             )
 
         do_POST = do_GET
-
-        def body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding", "") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
 
         def log_message(self, *args):
             pass

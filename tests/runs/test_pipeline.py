@@ -202,7 +202,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_03_stops_before_it_loads_weights_with_a_wrong(fault, tmp_path):
+def test_03_loads_no_weights_with_a_wrong(fault, tmp_path):
     change, sentence = WRONG[fault]
     tokenizer = models.load_tokenizer(load_config("sft_qwen05b", "offline", TINY))
     change(tokenizer)
@@ -214,7 +214,7 @@ def test_03_stops_before_it_loads_weights_with_a_wrong(fault, tmp_path):
     assert WEIGHTS_LOADED not in shown_by("03_sft_train", tmp_path)
 
 
-def test_03_stops_before_it_loads_weights_with_a_stale_audit(tmp_path):
+def test_03_loads_no_weights_with_a_stale_audit(tmp_path):
     done = run_tiny(tmp_path, "01_data_prep", "02_template_audit")
     assert done.returncode == 0, done.stderr
     error = last_line(run_tiny(tmp_path, "03_sft_train", "--set", "train.max_length=100"))

@@ -16,7 +16,7 @@ def tokenizer(qwen_folder):
     return AutoTokenizer.from_pretrained(qwen_folder)
 
 
-def test_known_answers(tokenizer):
+def test_stop_ids_and_the_default_system_turn(tokenizer):
     assert tokenizer.chat_template == template.shipped_template("qwen2_5")
     assert models.stop_ids(tokenizer) == [151645, 151643]
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "x"}])["input_ids"]

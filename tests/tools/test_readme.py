@@ -81,7 +81,7 @@ def test_a_wrong_figure_is_found(wrong, known):
     assert unfounded(f"{README}\nIt reached {wrong}.", known)
 
 
-def test_figures_are_told_from_names():
+def test_numbers_in_names_are_not_figures():
     text = "Qwen2.5-0.5B, `0.123`, 2026-11-24 and 12 of 0.240, 5,000."
     assert figures(text) == {"0.240", "5,000"}
 

@@ -62,7 +62,7 @@ def test_the_probe_leaves_the_model_and_the_random_state_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_without_a_choice_to_make_there_is_no_probe(capsys):
+def test_a_configured_choice_or_rows_of_any_length_need_no_probe(capsys):
     for wanted in (True, False):
         assert memory.must_checkpoint(None, recipe(activation_checkpointing=wanted), CPU) is wanted
         assert "as configured" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_without_a_choice_to_make_there_is_no_probe(capsys):
 
 
 @pytest.mark.parametrize(("share", "answer"), [(0.5, True), (2.0, False)])
-def test_if_left_open_it_depends_on_free_memory(share, answer, monkeypatch, capsys):
+def test_without_a_configured_choice_free_memory_decides(share, answer, monkeypatch, capsys):
     base, config = Qwen2ForCausalLM(SHAPE), recipe()
     rows, tokens = config.train.per_device_train_batch_size, config.train.max_length
     needed = memory.activation_bytes(base, config, CPU, rows * tokens)
