@@ -31,7 +31,7 @@ def loaded(config):
 @pytest.fixture(scope="module")
 def prompts(config):
     """48 of embedded:ifeval, a third of them long."""
-    rows = ifeval_files.load_prompts(tiny_model.resolve("embedded:ifeval", config), None, 48)
+    rows = ifeval_files.load_prompts(str(tiny_model.build("ifeval", config)), None, 48)
     texts = [row["prompt"] for row in rows]
     return [" ".join(texts[i : i + 9]) if i % 3 == 0 else texts[i] for i in range(48)]
 

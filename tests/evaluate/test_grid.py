@@ -107,20 +107,20 @@ def test_an_adapter_is_merged_unless_in_4_bits(config, adapter):
     assert any(type(module).__name__ == "Linear4bit" for module in kept.modules())
 
 
+FOUR_BITS, HUB = {"eval.load_in_4bit": True}, {"model.base": "someone/base"}
 CHANGES = {
-    "eval.max_new_tokens": 13,
-    "eval.load_in_4bit": True,
-    "model.base_revision": "other",
-    "seed": 7,  # another tiny model
+    "length": ({}, {"eval.max_new_tokens": 13}),
+    "four bits": ({}, FOUR_BITS),
+    "quantisation": (FOUR_BITS, FOUR_BITS | {"quantization.bnb_4bit_quant_type": "fp4"}),
+    "revision": (HUB, HUB | {"model.base_revision": "other"}),
+    "tiny model": ({}, {"seed": 7}),
 }
 
 
-@pytest.mark.parametrize("key", CHANGES)
-def test_other_settings_are_other_responses(key, config, adapter, tokenizer):
-    other = load_config("sft_qwen05b", "offline", SHORT | {key: CHANGES[key]})
-    keys = [
-        grid.response_origin("SFT", "chat", c, CPU, adapter, tokenizer) for c in (config, other)
-    ]
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_are_other_responses(name, adapter, tokenizer):
+    configs = [load_config("sft_qwen05b", "offline", SHORT | given) for given in CHANGES[name]]
+    keys = [grid.response_origin("SFT", "chat", c, CPU, adapter, tokenizer) for c in configs]
     assert keys[0] != keys[1]
     json.dumps(keys)
 
