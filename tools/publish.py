@@ -5,11 +5,11 @@ python -m tools.publish runs/seed1 --metrics-only    # another run's figures, fo
 """
 
 import argparse
-import copy
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from atlas_lib.stages import IFEVAL_EVAL, STAGES, TEMPLATE_AUDIT
 from tools import leaks
 
 RESULTS = ROOT / "results"
-LARGEST = 1_000_000  # bytes of a file
+LARGEST = 1_000_000  # characters of a file
 HEAD_ROWS = 50
 MADE_ON = ("commit", "digest", "platform", "hardware", "versions")
 
@@ -68,30 +68,25 @@ def collect_files(
         before = artifacts.read_json(path) if path.is_file() else []
         files["metrics.json"] = as_json(before + [row for row in rows if row not in before])
     for name, text in files.items():
-        refuse_large(name, len(text.encode()))
+        if len(text) > LARGEST:
+            raise ValueError(f"{name} has {len(text):,} characters; at most {LARGEST:,} go in.")
         leaks.refuse(name, text)
     return files, rows
 
 
-def refuse_large(name: str, size: int) -> None:
-    if size > LARGEST:
-        raise ValueError(f"{name} has {size:,} bytes; at most {LARGEST:,} go in.")
-
-
 def check_notebook(name: str, path: Path, at: str | None = "HEAD") -> nbformat.NotebookNode:
-    """The executed notebook, if it ran to its end and is the one committed `at`. Raises ValueError.
+    """An executed notebook without its payload, if it is the one committed `at`. Raises ValueError.
 
     `at` None: the commit that it ran at.
     """
-    refuse_large(str(path), path.stat().st_size)
     try:
         notebook = nbformat.read(path, as_version=4)
-        nbformat.validate(notebook)
-    except (ValueError, nbformat.ValidationError) as error:
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a notebook ({reason}); run it again.") from None
     if problem := problem_of(name, notebook, at):
         raise ValueError(f"{path} {problem}.")
+    notebook.cells = [cell for cell in notebook.cells if "payload" not in tags(cell)]
     return notebook
 
 
@@ -100,26 +95,24 @@ def problem_of(name: str, notebook: nbformat.NotebookNode, at: str | None) -> st
     stamp = stamp_of(notebook)
     if not stamp:
         return "does not record its commit; run it again"
-    if stamp["commit"].endswith("-dirty") or not is_known(stamp["commit"]):
+    if not is_known(stamp["commit"]):  # with "-dirty", too
         return f"ran at commit {stamp['commit']}; commit everything and run it again"
-    committed = json.loads(git("show", f"{at or stamp['commit']}:notebooks/{name}.ipynb"))
-    on_kaggle = stamp["platform"] == "kaggle"
-    ran = as_committed(notebook, committed) if on_kaggle else notebook
-    kinds = ("code", "markdown", "raw")
-    if cell_sources(ran, kinds) != cell_sources(committed, kinds):
+    committed = git("show", f"{at or stamp['commit']}:notebooks/{name}.ipynb")
+    if not committed or prose_and_code(json.loads(committed)) != prose_and_code(notebook):
         return f"is not the committed notebooks/{name}.ipynb; run it again"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return wrong_order(code, on_kaggle) or wrong_output(notebook)
-
-
-def wrong_order(code: list, on_kaggle: bool) -> str | None:
-    """Whether the code cells ran otherwise than once each, in order."""
-    counts = [cell.execution_count for cell in code]
-    if on_kaggle and "keep" in tags(code[-1]) and counts[-1] is None:
-        counts[-1] = len(code)  # there this very cell copies the notebook while it runs
-    if counts != list(range(1, len(code) + 1)):
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    if stamp["platform"] == "kaggle":
+        counts[-1] = len(counts)  # there this very cell copies the notebook while it runs
+    if counts != list(range(1, len(counts) + 1)):
         return f"has cells that did not run once each, in order ({counts}); run it again"
-    return None
+    return wrong_output(notebook)
+
+
+def prose_and_code(notebook: dict) -> list[str]:
+    """The sources of all cells that tools.kernels does not write."""
+    written = {"parameters", "payload"}
+    cells = [cell for cell in notebook["cells"] if not written.intersection(tags(cell))]
+    return cell_sources({"cells": cells}, ("code", "markdown", "raw"))
 
 
 def wrong_output(notebook: nbformat.NotebookNode) -> str | None:
@@ -128,7 +121,7 @@ def wrong_output(notebook: nbformat.NotebookNode) -> str | None:
     kinds = [(kind, output) for output in outputs for kind in output.get("data", {})]
     if any(output.output_type == "error" for output in outputs):
         return "has a cell that ended in an error; fix it and run it again"
-    if "widgets" in notebook.metadata or any("widget" in kind for kind, _ in kinds):
+    if any("widget" in kind for kind, _ in kinds):
         return "has a widget, which cannot be shown; print plain lines instead"
     images = [(kind, output) for kind, output in kinds if kind.startswith("image/")]
     if not all(output.metadata.get(kind, {}).get("alt") for kind, output in images):
@@ -152,9 +145,6 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         if any(manifest[key] != stamps[stage][key] for key in ("commit", "digest")):
             raise ValueError(f"{run / stage} was not written by its notebook; run it again.")
     measured = artifacts.read_json(run / IFEVAL_EVAL / "ifeval.json")
-    rows = artifacts.read_json(run / "metrics.json")
-    if rows != [row | measured["origin"] for row in measured["metrics"]]:
-        raise ValueError(f"{run}/metrics.json is not what its notebook 04 measured; run it again.")
     record = {
         "label": config.label,
         "parameters": given,
@@ -174,29 +164,13 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "config.yaml": yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True),
         "sft_template_audit.jsonl": "\n".join([*rows_of_audit[:-1][:HEAD_ROWS], ""]),
         "sft_template_audit_summary.json": as_json(audit.read_summary(run / TEMPLATE_AUDIT)),
-    }, rows
+    }, [row | measured["origin"] for row in measured["metrics"]]
 
 
 def text_of(notebook: nbformat.NotebookNode, run: Path) -> str:
     """The notebook as it goes to results/, without the paths of this machine."""
-    text = nbformat.writes(without_payload(notebook)) + "\n"
+    text = nbformat.writes(notebook) + "\n"
     return text.replace(str(run), f"runs/{run.name}").replace(f"{ROOT}/", "")
-
-
-def as_committed(notebook: nbformat.NotebookNode, committed: dict) -> nbformat.NotebookNode:
-    """A copy of a notebook that was built for Kaggle, without what tools.kernels put into it."""
-    given = {tag: cell for cell in committed["cells"] for tag in tags(cell)}
-    notebook = without_payload(notebook)
-    for cell in notebook.cells:
-        if "parameters" in tags(cell):
-            cell.source = "".join(given["parameters"]["source"])
-    return notebook
-
-
-def without_payload(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    notebook = copy.deepcopy(notebook)
-    notebook.cells = [cell for cell in notebook.cells if "payload" not in tags(cell)]
-    return notebook
 
 
 def tags(cell: dict) -> list[str]:
@@ -205,18 +179,13 @@ def tags(cell: dict) -> list[str]:
 
 def is_known(commit: str) -> bool:
     """Whether this checkout has the commit."""
-    try:
-        return bool(git("cat-file", "-t", f"{commit}^{{commit}}"))
-    except ValueError:
-        return False
+    return bool(git("cat-file", "-t", f"{commit}^{{commit}}"))
 
 
 def git(*args: str) -> str:
-    """What git prints in this checkout. Raises ValueError with its error."""
-    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"git {args[0]} failed: {done.stderr.strip().splitlines()[-1]!r}.")
-    return done.stdout
+    """What git prints in this checkout; nothing if it fails."""
+    command = ["git", "-C", str(ROOT), *args]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def as_json(value: Any) -> str:
@@ -225,18 +194,16 @@ def as_json(value: Any) -> str:
 
 def replace_results(results: Path, files: dict[str, str]) -> None:
     """Write `files` into a copy of `results` and put the copy in its place."""
-    part, old = results.with_name("results.part"), results.with_name("results.old.part")
-    for scratch in (part, old):
-        shutil.rmtree(scratch, ignore_errors=True)
-    if results.is_dir():
-        shutil.copytree(results, part)
-    for name, text in files.items():
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        (part / name).write_text(text, encoding="utf-8")
-    if results.is_dir():
-        results.rename(old)
-    part.rename(results)
-    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=results.parent) as scratch:
+        copy = Path(scratch) / "new"
+        if results.is_dir():
+            shutil.copytree(results, copy)
+        for name, text in files.items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_text(text, encoding="utf-8")
+        if results.is_dir():
+            results.rename(Path(scratch) / "old")
+        copy.rename(results)
 
 
 def readme_row(row: dict) -> str:

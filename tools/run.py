@@ -5,7 +5,6 @@ python -m tools.run 03_sft_train --set train.learning_rate=1e-4 --force
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -27,10 +26,11 @@ def main() -> None:
         if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
             devices.gpu_available(config)  # before anything is downloaded
         parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
-        timings = {}
         for stage in args.stages:
-            timings[stage] = run_stage(stage, config, out, parameters, args.force)
-        print_results(out, timings)
+            run_stage(stage, config, out, parameters, args.force)
+        if (out / "metrics.json").is_file():
+            print(metrics_table(artifacts.read_json(out / "metrics.json")))
+        print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -52,17 +52,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def run_stage(stage: str, config: Config, out: Path, parameters: dict, force: bool) -> str:
-    """Execute one notebook unless its result is up to date; returns its time, or "reused"."""
+def run_stage(stage: str, config: Config, out: Path, parameters: dict, force: bool) -> None:
+    """Execute one notebook unless its result is up to date."""
     reason = "forced" if force else why_not_reused(stage, config, out)
     if not reason:
         print(f"── {stage}: finished and unchanged, reused", flush=True)
-        return "reused"
+        return
     print(f"── {stage}: {reason}", flush=True)
     started = time.monotonic()
     (out / stage / artifacts.MANIFEST).unlink(missing_ok=True)
     notebooks.execute(stage, out, parameters)
-    return f"{time.monotonic() - started:.0f} s"
+    print(f"── {stage}: took {time.monotonic() - started:.0f} s", flush=True)
 
 
 def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
@@ -76,14 +76,6 @@ def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"out of date ({error})"
     return None
-
-
-def print_results(out: Path, timings: dict[str, str]) -> None:
-    """The time per stage, the metrics as a table and the paths to look at."""
-    print("\ntime: " + " · ".join(f"{stage} {took}" for stage, took in timings.items()))
-    if (out / "metrics.json").is_file():
-        print(metrics_table(json.loads((out / "metrics.json").read_bytes())))
-    print(f"results in {out}: " + ", ".join(name for name in LISTED if (out / name).exists()))
 
 
 def metrics_table(metrics: list[dict]) -> str:

