@@ -197,7 +197,7 @@ def test_punkt_that_cannot_be_had_is_one_sentence(tmp_path, planted):
 
 @official
 def test_official_prompts_load_whole():
-    prompts = ifeval_files.load_prompts(str(OFFICIAL), None)
+    prompts = ifeval_files.load_prompts(str(OFFICIAL))
     sizes = Counter(len(row["instruction_id_list"]) for row in prompts)
     assert sizes == {1: 305, 2: 179, 3: 57}
     assert prompts == [json.loads(line) for line in OFFICIAL.read_text("utf-8").splitlines()]
@@ -286,7 +286,7 @@ def replayed(task, responses):
 
 @official
 def test_official_prompts_agree_with_lm_evals_whole_task(lm_eval_task):
-    prompts, before = ifeval_files.load_prompts(str(OFFICIAL), None), random.getstate()
+    prompts, before = ifeval_files.load_prompts(str(OFFICIAL)), random.getstate()
     seen = set()
     for round_ in range(2):
         texts = synthesised(prompts, round_)

@@ -178,21 +178,12 @@ def test_one_prompt():
     assert significance.sensitivity(found, 1, 0.05)["net_needed"] is None
 
 
-def test_other_prompts_are_refused_by_row():
+def test_other_prompts_are_refused():
     a, b = sides(1, 1, 1, 1)
     other_ids = [*b[:3], verdict(3, True, names=["punctuation:no_comma"])]
-    for other, where in [
-        (b[::-1], "row 1 is key 0 .* and key 3 "),
-        (b[:3], r"\(4 and 3 rows\)"),
-        (
-            other_ids,
-            r"row 4 is key 3 \['startend:quotation'\] and key 3 \['punctuation:no_comma'\]",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=f"not of the same prompts in the same order.*{where}"):
+    for other in (b[::-1], b[:3], other_ids):
+        with pytest.raises(ValueError, match="not of the same prompts in the same order"):
             significance.paired(a, other)
-    with pytest.raises(ValueError, match=r"\(0 and 0 rows\)"):
-        significance.paired([], [])
 
 
 # --- several comparisons
