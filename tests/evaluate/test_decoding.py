@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ifeval_cases import random_adapter
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
@@ -38,19 +39,7 @@ def prompts(config):
 
 @pytest.fixture(scope="module")
 def adapter(config, tmp_path_factory):
-    """A LoRA adapter that changes the responses, saved: random weights in place of trained ones."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("adapter")
-    base = models.load_weights("base", config, DEVICE, False)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    torch.manual_seed(0)
-    adapted = get_peft_model(base, lora)
-    for name, weights in adapted.named_parameters():
-        if "lora_B" in name:
-            weights.data *= 3
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return random_adapter(config, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -167,17 +156,6 @@ def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
         assert cut[index] == ids[:end]
 
 
-def test_responses_are_handed_over_once_as_they_finish(loaded, prompts, reference):
-    seen = []
-    responses = decoding.generate(
-        *loaded, prompts, "raw", CAP, 7, lambda index, response: seen.append((index, response))
-    )
-    assert sorted(index for index, _ in seen) == list(range(len(prompts)))
-    assert all(responses[index] == response for index, response in seen)
-    tokens = [response["n_tokens"] for _, response in seen]
-    assert tokens[0] < max(tokens)  # not in batches: short rows come before long ones
-
-
 def test_a_models_own_sampling_defaults_are_not_used(loaded):
     base, tokenizer = loaded
     before = decoding.generate(base, tokenizer, PROMPTS, "chat", 12)
@@ -207,10 +185,13 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 ):
     small_memory.rows, seen = 4, []
     responses = decoding.generate(
-        *loaded, prompts, "raw", CAP, 16, lambda index, response: seen.append(index)
+        *loaded, prompts, "raw", CAP, 16, lambda index, response: seen.append((index, response))
     )
     assert responses == reference("raw")
-    assert sorted(seen) == list(range(len(prompts)))
+    assert sorted(index for index, _ in seen) == list(range(len(prompts)))
+    assert all(responses[index] == response for index, response in seen)
+    tokens = [response["n_tokens"] for _, response in seen]
+    assert tokens[0] < max(tokens), "responses are handed over as they finish, not in batches"
     shown = capsys.readouterr().out
     assert shown.count("out of memory") == 2 and "with 8 slots" in shown and "with 4 slots" in shown
     small_memory.rows = 0

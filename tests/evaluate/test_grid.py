@@ -5,14 +5,12 @@ import os
 import stat
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
+from ifeval_cases import random_adapter
 from tiny import TINY
 
-from atlas_lib import devices, models, template
+from atlas_lib import devices, models
 from atlas_lib.config import load_config
 from atlas_lib.evaluate import grid
-from atlas_lib.train import adapters
 
 CPU = devices.Device("cpu", "float32", "test")
 SHORT = TINY | {"eval.limit": 6, "eval.max_new_tokens": 12}
@@ -25,18 +23,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def adapter(config, tmp_path_factory):
-    """The folder of an untrained, but not empty, adapter."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    base = models.load_weights("base", config, CPU, in_4bit=False)
-    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
-    for parameter in (p for p in adapted.parameters() if p.requires_grad):
-        torch.nn.init.normal_(parameter, std=0.2)
-    tokenizer = models.load_tokenizer(config)
-    original = tokenizer.chat_template
-    template.patch_chat_template_for_assistant_mask(tokenizer)
-    adapters.save_adapter(adapted, folder, config, tokenizer, original)
-    return folder
+    return random_adapter(config, tmp_path_factory.mktemp("adapter"))
 
 
 def generate_all(config, adapter, out):
@@ -116,7 +103,6 @@ def test_everything_that_decides_responses_starts_another_file(
     changes = {
         "eval.max_new_tokens": 13,
         "eval.load_in_4bit": True,
-        "model.base": "other",
         "seed": 7,  # another tiny model
     }
     for key, value in changes.items():
@@ -125,6 +111,12 @@ def test_everything_that_decides_responses_starts_another_file(
     tokenizer.chat_template += " "
     others.append(grid.response_origin("SFT", "chat", config, CPU, adapter, tokenizer))
     assert all(other != one for other in others)
+    revisions = [{"model.base": "org/name", "model.base_revision": name} for name in "ab"]
+    one, other = (load_config("sft_qwen05b", "offline", change) for change in revisions)
+    arguments = (CPU, adapter, tokenizer)
+    assert grid.response_origin("SFT", "raw", one, *arguments) != grid.response_origin(
+        "SFT", "raw", other, *arguments
+    )
 
 
 def test_published_figures_stand_beside_the_full_run_only():
