@@ -35,41 +35,30 @@ def load_model(name: str, config: Config, device: Device, adapter: str | Path) -
 
 
 def response_origin(
-    name: str,
-    prompt_format: str,
-    config: Config,
-    device: Device,
-    adapter: str | Path,
-    tokenizer: Any,
+    name: str, form: str, config: Config, device: Device, adapter: str | Path, tokenizer: Any
 ) -> dict[str, Any]:
     """All that determines a model's responses beside the prompts; another value, another file."""
     role, model = ROLES[name], config.model
-    weights = _content(getattr(model, role), getattr(model, f"{role}_revision"), config)
-    adapted = _content(str(adapter), model.adapter_revision, config) if name == "SFT" else None
+
+    def content(source: str, revision: str | None) -> dict[str, Any]:
+        return sources.content(source, config) or {"hub": [source, revision]}
+
     return {
-        "weights": weights,
-        "adapter": adapted,
+        "weights": content(getattr(model, role), getattr(model, f"{role}_revision")),
+        "adapter": content(str(adapter), model.adapter_revision) if name == "SFT" else None,
         "quantization": config.quantization.model_dump() if config.eval.load_in_4bit else None,
         "precision": f"{device.name} {device.dtype}",
-        "format": prompt_format,
+        "format": form,
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:12],
         "max_new_tokens": config.eval.max_new_tokens,
         "stop_ids": models.stop_ids(tokenizer),
     }
 
 
-def _content(name: str, revision: str | None, config: Config) -> dict[str, Any]:
-    """What determines a model: the content of a local folder, or a hub id and its revision."""
-    return sources.content(name, config) or {"hub": [name, revision]}
-
-
 def generate_all(
     config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
-    """{(model, format): responses} of the whole grid; with several GPUs, one process per GPU.
-
-    Raises RuntimeError if a process fails.
-    """
+    """{(model, format): responses} of the whole grid; with several GPUs, one process per GPU."""
     names, found = model_names(config), {}
     if (gpus := devices.gpu_count()) > 1:
         _generate_in_processes(names, config, adapter, out, gpus)
@@ -105,7 +94,8 @@ def generate_for(
 def command(config: Config, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
     """The command of a process that stores the responses of the models `names` in `out`."""
     module = [sys.executable, "-m", "atlas_lib.evaluate.grid"]
-    return [*module, config.model_dump_json(exclude_unset=True), str(adapter), str(out), *names]
+    text = config.model_dump_json(exclude_unset=True)
+    return [*module, text, str(adapter), str(out), *names]
 
 
 def _generate_in_processes(
@@ -147,7 +137,7 @@ def evaluation_prompts(config: Config) -> list[dict]:
 
 
 def main() -> None:
-    """Run one process of `command`."""
+    """Store the responses of some models: one of the processes of `generate_all`."""
     text, adapter, out, *names = sys.argv[1:]
     config = Config.model_validate_json(text)
     device, prompts = devices.choose_device(config), evaluation_prompts(config)

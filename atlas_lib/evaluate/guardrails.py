@@ -27,16 +27,12 @@ def run_tasks(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     manager = TaskManager(include_path=folder)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), 0)
     rows = []
     for task, settings in tasks.items():
         limits = {key: settings[key] for key in ("num_fewshot", "limit")}
-        found = simple_evaluate(
-            wrapped, tasks=[task], task_manager=manager, fewshot_random_seed=1234, **limits, **seeds
-        )
-        metric, filtered = settings["metric"].split(",")
+        found = simple_evaluate(wrapped, tasks=[task], task_manager=manager, **limits)
+        measured, metric = found["results"][task], settings["metric"]
         row = {"task": task, "n": sum(n["effective"] for n in found["n-samples"].values())}
-        row["value"] = found["results"][task][f"{metric},{filtered}"]
-        row["stderr"] = found["results"][task].get(f"{metric}_stderr,{filtered}")
+        row |= {"value": measured[metric], "stderr": measured[metric.replace(",", "_stderr,")]}
         rows.append(row | {"num_fewshot": settings["num_fewshot"]})
     return rows

@@ -5,6 +5,7 @@ python -m atlas_lib.ifeval compare scores/base scores/sft
 """
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,18 +31,18 @@ def summarise(verdicts: list[dict]) -> dict:
     Intervals are Wilson's for prompts, a bootstrap over prompts for instructions. `ci95` and
     `inst_ci95` are those of the strict accuracies, `intervals` has all four.
     """
-    tested = [
-        pair for v in verdicts for pair in zip(v["instruction_id_list"], v["strict"], strict=True)
-    ]
-    total, passed = Counter(name for name, _ in tested), Counter(name for name, ok in tested if ok)
+    total, passed = Counter(), Counter()
+    for v in verdicts:
+        total.update(v["instruction_id_list"])
+        passed.update(itertools.compress(v["instruction_id_list"], v["strict"]))
     n, sizes = len(verdicts), [len(v["instruction_id_list"]) for v in verdicts]
-    found, intervals, counts = {}, {}, {"instructions": len(tested)}
+    found, intervals, counts = {}, {}, {"instructions": sum(sizes)}
     for mode in MODES:
         prompts = sum(v[f"prompt_{mode}"] for v in verdicts)
         instructions = [sum(v[mode]) for v in verdicts]
         counts |= {f"prompt_{mode}": prompts, f"inst_{mode}": sum(instructions)}
         found[f"prompt_level_{mode}_acc"] = prompts / n
-        found[f"inst_level_{mode}_acc"] = sum(instructions) / len(tested)
+        found[f"inst_level_{mode}_acc"] = sum(instructions) / sum(sizes)
         intervals[f"prompt_level_{mode}_acc"] = significance.proportion_ci(prompts, n)
         intervals[f"inst_level_{mode}_acc"] = significance.share_ci(instructions, sizes)
     return {
@@ -71,18 +72,13 @@ def grid_metrics(
 
 
 def _score_command(args: argparse.Namespace) -> None:
-    prompts = ifeval_files.load_prompts(args.prompts, args.revision)
-    responses, warnings = ifeval_files.load_responses(args.responses, prompts)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    verdicts = score(prompts, responses)
-    summary = summarise(verdicts)
-    local = Path(args.prompts).exists()
-    summary["prompts"] = Path(args.prompts).name if local else f"{args.prompts} {args.revision}"
-    summary["responses"] = f"{args.responses.name} sha256 {sources.sha256(args.responses)}"
+    prompts = ifeval_files.load_prompts(args.prompts)
+    verdicts = score(prompts, ifeval_files.load_responses(args.responses, prompts))
+    summary = summarise(verdicts) | {
+        "prompts": Path(args.prompts).name,
+        "responses": f"{args.responses.name} sha256 {sources.sha256(args.responses)}",
+    }
     if args.out:
-        # Deleted first and written last: a summary always belongs to the verdicts beside it.
-        (args.out / "summary.json").unlink(missing_ok=True)
         artifacts.write_jsonl(args.out / ifeval_files.VERDICTS_NAME, verdicts)
         artifacts.write_json(args.out / "summary.json", summary)
     print(tables.score_table([summary]).to_string(header=False))
@@ -90,12 +86,9 @@ def _score_command(args: argparse.Namespace) -> None:
 
 def _compare_command(args: argparse.Namespace) -> None:
     a, b = ifeval_files.load_verdicts(args.a), ifeval_files.load_verdicts(args.b)
-    try:
-        found = {"a": args.a.name, "b": args.b.name, "n": len(a), **significance.paired(a, b)}
-    except ValueError as error:
-        raise ValueError(f"{args.a} and {args.b}: {error}") from error
-    limits = {"alpha": args.alpha, "clear_share": args.clear_share}
-    found |= limits | {"sensitivity": significance.sensitivity(found, len(a), args.alpha)}
+    found = {"a": args.a.name, "b": args.b.name, "n": len(a), **significance.paired(a, b)}
+    limits = {"alpha": significance.ALPHA, "clear_share": significance.CLEAR_SHARE}
+    found |= limits | {"sensitivity": significance.sensitivity(found, len(a), limits["alpha"])}
     found["verdict"] = significance.verdict(found["net"], len(a), found["mcnemar_p"], **limits)
     if args.json:
         artifacts.write_json(args.json, found)
@@ -103,21 +96,12 @@ def _compare_command(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parse(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + str(error).replace("\n", " "))
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m atlas_lib.ifeval", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(prog="python -m atlas_lib.ifeval")
+    commands = parser.add_subparsers(required=True)
     punkt = commands.add_parser("punkt", help="find or fetch nltk's English punkt_tab files")
     punkt.set_defaults(run=lambda args: print(f"punkt_tab: {ensure_punkt()}"))
     scoring = commands.add_parser("score", help="score a file of responses")
-    scoring.add_argument("--prompts", required=True, help=".jsonl in IFEval's schema, or a hub id")
-    scoring.add_argument("--revision", help="commit of the prompts on the hub")
+    scoring.add_argument("--prompts", required=True, help=".jsonl in IFEval's schema")
     scoring.add_argument("--responses", required=True, type=Path, help="{prompt, response} a line")
     scoring.add_argument("--out", type=Path, help="folder for verdicts.jsonl and summary.json")
     scoring.set_defaults(run=_score_command)
@@ -125,14 +109,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     comparing.add_argument("a", type=Path, help="verdicts.jsonl of the baseline, or its folder")
     comparing.add_argument("b", type=Path)
     comparing.add_argument("--json", type=Path, help="write the whole report to this file as well")
-    comparing.add_argument("--alpha", type=float, default=significance.ALPHA)
-    comparing.add_argument("--clear-share", type=float, default=significance.CLEAR_SHARE)
     comparing.set_defaults(run=_compare_command)
     args = parser.parse_args(arguments)
-    if args.command == "compare" and not 0 < args.alpha < 1:
-        comparing.error("--alpha must lie between 0 and 1")
-    return args
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + str(error).replace("\n", " "))

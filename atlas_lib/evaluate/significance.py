@@ -72,7 +72,12 @@ def paired(verdicts_a: list[dict], verdicts_b: list[dict]) -> dict:
     over prompts. `by_type` counts instructions, `won` and `lost` list the discordant prompts' keys.
     Raises ValueError if the two are not of the same prompts.
     """
-    _require_same_prompts(verdicts_a, verdicts_b)
+    a, b = ([(v["key"], v["instruction_id_list"]) for v in s] for s in (verdicts_a, verdicts_b))
+    if a != b:
+        raise ValueError(
+            "the verdicts are not of the same prompts in the same order: score both again with "
+            "the same --prompts"
+        )
     both = list(zip(verdicts_a, verdicts_b, strict=True))
     counts = _tally((a["prompt_strict"], b["prompt_strict"]) for a, b in both)
     gains = [b["prompt_strict"] - a["prompt_strict"] for a, b in both]
@@ -90,18 +95,6 @@ def paired(verdicts_a: list[dict], verdicts_b: list[dict]) -> dict:
         "won": [a["key"] for (a, _), gain in zip(both, gains, strict=True) if gain > 0],
         "lost": [a["key"] for (a, _), gain in zip(both, gains, strict=True) if gain < 0],
     }
-
-
-def _require_same_prompts(*sides: list[dict]) -> None:
-    a, b = ([f"key {v['key']} {v['instruction_id_list']}" for v in side] for side in sides)
-    if a and a == b:
-        return
-    pairs = enumerate(zip(a, b, strict=False), start=1)
-    different = [f"row {row} is {x} and {y}" for row, (x, y) in pairs if x != y]
-    where = different[0] if different else f"{len(a)} and {len(b)} rows"
-    raise ValueError(
-        f"the verdicts are not of the same prompts in the same order ({where}): score both again"
-    )
 
 
 def _tally(pairs: Iterable[tuple[bool, bool]]) -> dict[str, int]:

@@ -56,15 +56,13 @@ def beside_ours(known: list[dict], metrics: list[dict]) -> list[dict]:
 
 def comparison_text(found: dict) -> str:
     """One comparison as lines of text."""
-    types = type_table(found["by_type"])
-    moved = types[(types["won"] > 0) | (types["lost"] > 0)]
     sensitivity = found["sensitivity"]
     lines = [
         f"{found['n']} prompts: both {found['both']}, only A {found['only_a']}, "
         f"only B {found['only_b']}, neither {found['neither']}",
         f"prompt level, strict:      {in_points(found)}",
         f"instruction level, strict: {in_points(found, 'inst_difference')}",
-        moved.to_string() if len(moved) else "no instruction moved",
+        type_table(found["by_type"]).to_string(),
         f"won: {found['won']}",
         f"lost: {found['lost']}",
         f"net win needed among as many discordant prompts: {sensitivity['net_needed']}",

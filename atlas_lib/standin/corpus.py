@@ -45,89 +45,68 @@ class Draft:
         return " ".join(self.lines(n, naming_topic))
 
 
-def highlights(draft: Draft, num_highlights: int) -> str:
-    """Three sentences whose first two words are in *asterisks*; at most three are asked for."""
-    return " ".join(re.sub(r"^(\w+ \w+)", r"*\1*", line) for line in draft.lines(3))
-
-
-def sections(draft: Draft, section_spliter: str, num_sections: int) -> str:
-    """One sentence below each of three numbered headings; at most three are asked for."""
-    lines = enumerate(draft.lines(3), start=1)
-    return "\n".join(f"{section_spliter} {number}\n{line}" for number, line in lines)
-
-
-def placeholders(draft: Draft, num_placeholders: int) -> str:
+def placeholders(draft: Draft, kwargs: dict) -> str:
     """The draft, then three things for the reader to fill in; at most three are asked for."""
     one, two, three = (f"[{name}]" for name in draft.rng.sample(words()["placeholders"], 3))
     return f"{draft.text} Please write down {one}, {two} and {three}."
 
 
-def capital_words(draft: Draft, capital_relation: str, capital_frequency: int) -> str:
-    """The draft with its first words shouted."""
-    text = draft.text.split()
-    return " ".join([w.upper() for w in text[:capital_frequency]] + text[capital_frequency:])
-
-
-def first_word(draft: Draft, num_paragraphs: int, nth_paragraph: int, first_word: str) -> str:
+def first_word(draft: Draft, kwargs: dict) -> str:
     """Paragraphs between blank lines, one of which starts with the word."""
-    lines = draft.lines(num_paragraphs)
-    lines[nth_paragraph - 1] = (
-        f"{first_word.capitalize()} you may try it. {lines[nth_paragraph - 1]}"
-    )
+    lines, nth = draft.lines(kwargs["num_paragraphs"]), kwargs["nth_paragraph"] - 1
+    lines[nth] = f"{kwargs['first_word'].capitalize()} you may try it. {lines[nth]}"
     return "\n\n".join(lines)
 
 
-# How the answer that follows an instruction is written; the arguments are IFEval's kwargs.
-# Capitals get a sentence more: langdetect takes short ones for another language. And no topic:
-# the small vocabulary would have to spell it letter by letter.
+# How the answer that follows an instruction is written; `k` are IFEval's kwargs. Where up to three
+# things are asked for, there are three of them.
 WRITERS = {
-    "change_case:capital_word_frequency": capital_words,
-    "change_case:english_capital": lambda draft: draft.prose(3, naming_topic=False).upper(),
-    "change_case:english_lowercase": lambda draft: draft.prose(2).lower(),
-    "combination:repeat_prompt": lambda draft, prompt_to_repeat: (
-        f"{prompt_to_repeat}\n{draft.text}"
+    "change_case:capital_word_frequency": lambda d, k: re.sub(
+        r"\S+", lambda word: word[0].upper(), d.text, count=k["capital_frequency"]
     ),
-    "combination:two_responses": lambda draft: "\n******\n".join(draft.lines(2)),
+    # One more sentence, since langdetect takes short capitals for another language; and no topic,
+    # which the small vocabulary would have to spell letter by letter.
+    "change_case:english_capital": lambda d, k: d.prose(3, naming_topic=False).upper(),
+    "change_case:english_lowercase": lambda d, k: d.prose(2).lower(),
+    "combination:repeat_prompt": lambda d, k: f"{d.request}\n{d.text}",
+    "combination:two_responses": lambda d, k: "\n******\n".join(d.lines(2)),
     "detectable_content:number_placeholders": placeholders,
-    "detectable_content:postscript": lambda draft, postscript_marker: (
-        f"{draft.text}\n{postscript_marker} {draft.prose(1)}"
+    "detectable_content:postscript": lambda d, k: (
+        f"{d.text}\n{k['postscript_marker']} {d.prose(1)}"
     ),
-    "detectable_format:constrained_response": lambda draft: (
-        f"My answer is {draft.rng.choice(['yes', 'no', 'maybe'])}."
+    "detectable_format:constrained_response": lambda d, k: (
+        f"My answer is {d.rng.choice(['yes', 'no', 'maybe'])}."
     ),
-    "detectable_format:json_format": lambda draft: json.dumps({"answer": draft.prose(1)}),
-    "detectable_format:multiple_sections": sections,
-    "detectable_format:number_bullet_lists": lambda draft, num_bullets: "\n".join(
-        f"* {line}" for line in draft.lines(num_bullets)
+    "detectable_format:json_format": lambda d, k: json.dumps({"answer": d.prose(1)}),
+    "detectable_format:multiple_sections": lambda d, k: "\n".join(
+        f"{k['section_spliter']} {number}\n{line}" for number, line in enumerate(d.lines(3), 1)
     ),
-    "detectable_format:number_highlighted_sections": highlights,
-    "detectable_format:title": lambda draft: f"<<{draft.topic.title()}>>\n{draft.text}",
-    "keywords:existence": lambda draft, keywords: (
-        f"{draft.text} Think of {' and '.join(keywords)}."
+    "detectable_format:number_bullet_lists": lambda d, k: "\n".join(
+        f"* {line}" for line in d.lines(k["num_bullets"])
     ),
-    "keywords:forbidden_words": lambda draft, forbidden_words: draft.text,
-    "keywords:frequency": lambda draft, relation, keyword, frequency: (
-        draft.text + f" Think of {keyword}." * frequency
+    "detectable_format:number_highlighted_sections": lambda d, k: " ".join(
+        re.sub(r"^(\w+ \w+)", r"*\1*", line) for line in d.lines(3)
     ),
-    "keywords:letter_frequency": lambda draft, let_relation, letter, let_frequency: (
-        f"{draft.text} Spell it {letter * let_frequency}."
+    "detectable_format:title": lambda d, k: f"<<{d.topic.title()}>>\n{d.text}",
+    "keywords:existence": lambda d, k: f"{d.text} Think of {' and '.join(k['keywords'])}.",
+    "keywords:forbidden_words": lambda d, k: d.text,
+    "keywords:frequency": lambda d, k: d.text + f" Think of {k['keyword']}." * k["frequency"],
+    "keywords:letter_frequency": lambda d, k: (
+        f"{d.text} Spell it {k['letter'] * k['let_frequency']}."
     ),
-    "language:response_language": lambda draft, language: " ".join(
-        words()["languages"][language]["sentences"]
+    "language:response_language": lambda d, k: " ".join(
+        words()["languages"][k["language"]]["sentences"]
     ),
     "length_constraints:nth_paragraph_first_word": first_word,
-    "length_constraints:number_paragraphs": lambda draft, num_paragraphs: "\n***\n".join(
-        draft.lines(num_paragraphs)
+    "length_constraints:number_paragraphs": lambda d, k: "\n***\n".join(
+        d.lines(k["num_paragraphs"])
     ),
-    "length_constraints:number_sentences": lambda draft, relation, num_sentences: draft.prose(
-        num_sentences
-    ),
-    "length_constraints:number_words": lambda draft, relation, num_words: draft.prose(
-        num_words // 5
-    ),  # no sentence pattern has fewer than five words
-    "punctuation:no_comma": lambda draft: draft.text.replace(",", ""),
-    "startend:end_checker": lambda draft, end_phrase: f"{draft.text} {end_phrase}",
-    "startend:quotation": lambda draft: f'"{draft.text}"',
+    "length_constraints:number_sentences": lambda d, k: d.prose(k["num_sentences"]),
+    # No sentence pattern has fewer than five words.
+    "length_constraints:number_words": lambda d, k: d.prose(k["num_words"] // 5),
+    "punctuation:no_comma": lambda d, k: d.text.replace(",", ""),
+    "startend:end_checker": lambda d, k: f"{d.text} {k['end_phrase']}",
+    "startend:quotation": lambda d, k: f'"{d.text}"',
 }
 
 
@@ -150,7 +129,7 @@ def turn(rng: random.Random, instructions: list[str], topic: str) -> dict:
         kwargs = {name: rng.choice(values) for name, values in options.items()}
         if "prompt_to_repeat" in kwargs:
             kwargs["prompt_to_repeat"] = draft.request
-        draft.text = WRITERS[instruction](draft, **kwargs)
+        draft.text = WRITERS[instruction](draft, kwargs)
         said.append(phrase(rng, instruction, kwargs))
         filled.append(kwargs)
     row = {"prompt": " ".join(said), "instruction_id_list": instructions, "kwargs": filled}

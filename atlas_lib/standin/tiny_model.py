@@ -53,6 +53,7 @@ def build(part: str, config: Config) -> Path:
 
     A folder appears complete or not at all, even if two processes build it or one is killed.
     """
+    import filelock
     import platformdirs
 
     text = json.dumps(made_from(part, config), sort_keys=True)
@@ -60,30 +61,27 @@ def build(part: str, config: Config) -> Path:
     target = Path(platformdirs.user_cache_dir("atlas")) / name
     if target.is_dir():
         return target
-    print(f"Building embedded:{part} in {target}", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
-        _write(part, Path(scratch) / part, config)
-        try:
+    lock = filelock.FileLock(target.with_suffix(".lock"))
+    with lock, tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
+        if not target.is_dir():
+            print(f"Building embedded:{part} in {target}", flush=True)
+            _write(part, Path(scratch) / part, config)
             (Path(scratch) / part).rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was first, with an equal copy
-                raise
     return target
 
 
 def _write(part: str, target: Path, config: Config) -> None:
     options = config.offline
     seed, taught = options.corpus_seed, options.taught
-    prompts = {
-        "ifeval": ("prompts", *options.n_prompts_per_type),
-        "dev": ("dev", *options.n_dev_prompts_per_type),
-    }
     if part == "ultrachat":
         rows = corpus.conversations(seed, options.n_conversations, taught)
         write_dataset(target, "train_sft", rows, config.label)
-    elif part in prompts:
-        rows = corpus.prompts(seed, *prompts[part], taught)
+    elif part == "ifeval":
+        rows = corpus.prompts(seed, "prompts", *options.n_prompts_per_type, taught)
+        write_dataset(target, "train", rows, config.label)
+    elif part == "dev":
+        rows = corpus.prompts(seed, "dev", *options.n_dev_prompts_per_type, taught)
         write_dataset(target, "train", rows, config.label)
     else:
         texts = corpus.plain_text(seed, options.n_texts, taught)

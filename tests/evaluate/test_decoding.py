@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ifeval_cases import random_adapter
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
@@ -31,26 +32,14 @@ def loaded(config):
 @pytest.fixture(scope="module")
 def prompts(config):
     """48 of embedded:ifeval, a third of them long."""
-    rows = ifeval_files.load_prompts(str(tiny_model.build("ifeval", config)), None, 48)
+    rows = ifeval_files.load_prompts(str(tiny_model.build("ifeval", config)), limit=48)
     texts = [row["prompt"] for row in rows]
     return [" ".join(texts[i : i + 9]) if i % 3 == 0 else texts[i] for i in range(48)]
 
 
 @pytest.fixture(scope="module")
 def adapter(config, tmp_path_factory):
-    """A LoRA adapter that changes the responses, saved: random weights in place of trained ones."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("adapter")
-    base = models.load_weights("base", config, DEVICE, False)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    torch.manual_seed(0)
-    adapted = get_peft_model(base, lora)
-    for name, weights in adapted.named_parameters():
-        if "lora_B" in name:
-            weights.data *= 3
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return random_adapter(config, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +143,6 @@ def test_attention_that_would_misread_the_mask_is_refused(loaded, monkeypatch, c
         decoding.generate(*loaded, PROMPTS, "raw", 4, 2)
 
 
-@pytest.mark.parametrize("cap", [1, 2])
-def test_rows_end_at_the_first_tokens(loaded, prompts, cap):
-    base, tokenizer = loaded
-    expected = [plainly(base, tokenizer, text, "raw", cap) for text in prompts[:9]]
-    assert decoding.generate(base, tokenizer, prompts[:9], "raw", cap, 3) == expected
-
-
 def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
     """Made sure of: the likeliest first token of some rows is declared a stop."""
     base, tokenizer = loaded
@@ -172,17 +154,6 @@ def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
     for index, ids in plain.items():
         end = ids.index(stop[0]) + 1 if stop[0] in ids else None
         assert cut[index] == ids[:end]
-
-
-def test_responses_are_handed_over_once_as_they_finish(loaded, prompts, reference):
-    seen = []
-    responses = decoding.generate(
-        *loaded, prompts, "raw", CAP, 7, lambda index, response: seen.append((index, response))
-    )
-    assert sorted(index for index, _ in seen) == list(range(len(prompts)))
-    assert all(responses[index] == response for index, response in seen)
-    tokens = [response["n_tokens"] for _, response in seen]
-    assert tokens[0] < max(tokens)  # not in batches: short rows come before long ones
 
 
 def test_a_models_own_sampling_defaults_are_not_used(loaded):
@@ -214,16 +185,16 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 ):
     small_memory.rows, seen = 4, []
     responses = decoding.generate(
-        *loaded, prompts, "raw", CAP, 16, lambda index, response: seen.append(index)
+        *loaded, prompts, "raw", CAP, 16, lambda index, response: seen.append((index, response))
     )
     assert responses == reference("raw")
-    assert sorted(seen) == list(range(len(prompts)))
-    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
-    assert ["with 8 slots" in said[0], "with 4 slots" in said[1], len(said)] == [True, True, 2]
-
-
-def test_one_row_too_many_for_memory_is_said(loaded, small_memory):
-    small_memory.rows, small_memory.passes = 0, 40
+    assert sorted(index for index, _ in seen) == list(range(len(prompts)))
+    assert all(responses[index] == response for index, response in seen)
+    tokens = [response["n_tokens"] for _, response in seen]
+    assert tokens[0] < max(tokens), "responses are handed over as they finish, not in batches"
+    shown = capsys.readouterr().out
+    assert shown.count("out of memory") == 2 and "with 8 slots" in shown and "with 4 slots" in shown
+    small_memory.rows = 0
     with pytest.raises(ValueError, match="Memory does not hold a single row"):
         decoding.generate(*loaded, PROMPTS, "raw", CAP, 2)
 
@@ -231,40 +202,25 @@ def test_one_row_too_many_for_memory_is_said(loaded, small_memory):
 def test_slots_are_what_memory_holds(loaded, monkeypatch):
     base = loaded[0]
     assert decoding.fitting_slots(base, 1000) == decoding.MAX_SLOTS["cpu"]
-    shape = base.config
-    width = shape.hidden_size // shape.num_attention_heads
-    row = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width * 4 * (1000 + 256)
+    cache = decoding.SlotCache(1, 1000 + decoding.SPARE_COLUMNS)
+    decoding._next_tokens(base, cache, 0, [[5] * 1000])
+    row = sum(kept.nbytes for layer in cache.layers.values() for kept in layer)
     monkeypatch.setattr(devices, "free_bytes", lambda device: 5.5 * row / devices.HEADROOM)
     assert decoding.fitting_slots(base, 1000) == 5
     monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
     assert decoding.fitting_slots(base, 1000) == 1
 
 
-def test_the_cache_takes_what_was_reckoned(loaded):
-    base = loaded[0]
-    cache = decoding.SlotCache(3, 1000 + decoding.SPARE_COLUMNS)
-    decoding._next_tokens(base, cache, 0, [[5] * 1000])
-    taken = sum(t.nbytes for layer in cache.layers.values() for t in layer)
-    shape = base.config
-    width = shape.hidden_size // shape.num_attention_heads
-    per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width * 4
-    assert taken == 3 * (1000 + decoding.SPARE_COLUMNS) * per_token
-
-
-def test_the_response_is_cut_at_the_first_stop(loaded):
+def test_chat_prompts_open_a_turn_and_the_response_is_cut_at_the_first_stop(loaded):
     _, tokenizer = loaded
+    text = tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "chat"))
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "raw")) == "Hi"
     end, text_end = models.stop_ids(tokenizer)
     ids = tokenizer("Yes.")["input_ids"]
     cut = decoding.cut_at_stop(tokenizer, [*ids, end, *ids, text_end], [end, text_end])
     assert cut == {"response": "Yes.", "n_tokens": len(ids), "stop": "<|im_end|>"}
     assert decoding.cut_at_stop(tokenizer, ids, [end])["stop"] is None
-
-
-def test_chat_prompts_end_with_the_assistants_header(loaded):
-    _, tokenizer = loaded
-    text = tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "chat"))
-    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "raw")) == "Hi"
 
 
 def test_diagnostics_count_only_the_end_of_turn_as_a_stop():

@@ -5,14 +5,12 @@ import os
 import stat
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
+from ifeval_cases import random_adapter
 from tiny import TINY
 
-from atlas_lib import devices, models, template
+from atlas_lib import devices, models
 from atlas_lib.config import load_config
 from atlas_lib.evaluate import grid
-from atlas_lib.train import adapters
 
 CPU = devices.Device("cpu", "float32", "test")
 SHORT = TINY | {"eval.limit": 6, "eval.max_new_tokens": 12}
@@ -25,18 +23,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def adapter(config, tmp_path_factory):
-    """The folder of an untrained, but not empty, adapter."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    base = models.load_weights("base", config, CPU, in_4bit=False)
-    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
-    for parameter in (p for p in adapted.parameters() if p.requires_grad):
-        torch.nn.init.normal_(parameter, std=0.2)
-    tokenizer = models.load_tokenizer(config)
-    original = tokenizer.chat_template
-    template.patch_chat_template_for_assistant_mask(tokenizer)
-    adapters.save_adapter(adapted, folder, config, tokenizer, original)
-    return folder
+    return random_adapter(config, tmp_path_factory.mktemp("adapter"))
 
 
 def generate_all(config, adapter, out):
@@ -63,6 +50,7 @@ def generated(config, adapter, tmp_path_factory):
 
 def test_every_model_responds_to_every_prompt_in_every_format(generated):
     found, _ = generated
+    assert grid.model_names(load_config("sft_qwen05b")) == ["base", "SFT", "Instruct"]
     assert list(found) == [(n, f) for n in ("base", "SFT") for f in ("raw", "chat")]
     assert {len(responses) for responses in found.values()} == {6}
     assert found["base", "chat"] != found["SFT", "chat"]
@@ -90,14 +78,6 @@ def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch)
     assert generate_all(config, adapter, out) == found
 
 
-def test_models_of_the_grid():
-    def names(*layers):
-        return grid.model_names(load_config("sft_qwen05b", *layers))
-
-    assert names() == ["base", "SFT", "Instruct"]
-    assert names("offline") == ["base", "SFT"]
-
-
 def test_an_adapter_is_merged_unless_in_4_bits(config, adapter):
     merged = grid.load_model("SFT", config, CPU, adapter)
     assert not any("lora" in name for name, _ in merged.named_parameters())
@@ -107,28 +87,11 @@ def test_an_adapter_is_merged_unless_in_4_bits(config, adapter):
     assert any(type(module).__name__ == "Linear4bit" for module in kept.modules())
 
 
-FOUR_BITS, HUB = {"eval.load_in_4bit": True}, {"model.base": "someone/base"}
-CHANGES = {
-    "length": ({}, {"eval.max_new_tokens": 13}),
-    "four bits": ({}, FOUR_BITS),
-    "quantisation": (FOUR_BITS, FOUR_BITS | {"quantization.bnb_4bit_quant_type": "fp4"}),
-    "revision": (HUB, HUB | {"model.base_revision": "other"}),
-    "tiny model": ({}, {"seed": 7}),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_other_settings_are_other_responses(name, adapter, tokenizer):
-    configs = [load_config("sft_qwen05b", "offline", SHORT | given) for given in CHANGES[name]]
-    keys = [grid.response_origin("SFT", "chat", c, CPU, adapter, tokenizer) for c in configs]
-    assert keys[0] != keys[1]
-    json.dumps(keys)
-
-
-def test_another_adapter_template_precision_or_format_are_other_responses(
+def test_everything_that_decides_responses_starts_another_file(
     config, adapter, tokenizer, tmp_path
 ):
     one = grid.response_origin("SFT", "chat", config, CPU, adapter, tokenizer)
+    json.dumps(one)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"trained anew")
     half = devices.Device("cuda", "float16", "test")
     others = [
@@ -137,12 +100,30 @@ def test_another_adapter_template_precision_or_format_are_other_responses(
         grid.response_origin("SFT", "chat", config, half, adapter, tokenizer),
         grid.response_origin("base", "chat", config, CPU, adapter, tokenizer),
     ]
+    changes = {
+        "eval.max_new_tokens": 13,
+        "eval.load_in_4bit": True,
+        "seed": 7,  # another tiny model
+    }
+    for key, value in changes.items():
+        other = load_config("sft_qwen05b", "offline", SHORT | {key: value})
+        others.append(grid.response_origin("SFT", "chat", other, CPU, adapter, tokenizer))
     tokenizer.chat_template += " "
     others.append(grid.response_origin("SFT", "chat", config, CPU, adapter, tokenizer))
     assert all(other != one for other in others)
 
 
-# --- what others published ------------------------------------------------------------------------
+HUB, FOUR_BITS = {"model.base": "org/name"}, {"eval.load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [(HUB, {"model.base_revision": "a"}), (FOUR_BITS, {"quantization.bnb_4bit_quant_type": "fp4"})],
+)
+def test_revision_and_quantisation_determine_responses(given, changed, adapter, tokenizer):
+    configs = [load_config("sft_qwen05b", "offline", each) for each in (given, given | changed)]
+    one, other = (grid.response_origin("SFT", "raw", c, CPU, adapter, tokenizer) for c in configs)
+    assert one != other
 
 
 def test_published_figures_stand_beside_the_full_run_only():
@@ -152,20 +133,3 @@ def test_published_figures_stand_beside_the_full_run_only():
     assert all(row["source"] for row in rows)
     assert grid.known_figures(load_config("sft_qwen05b", "offline")) == []
     assert grid.known_figures(load_config("sft_qwen05b", "", {"eval.limit": 40})) == []
-
-
-# --- GPUs -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("visible", "listed", "count"),
-    [("0", 2, 2), (None, 2, 2), ("0", 1, 1), ("1", 2, 1), ("0", None, 0)],
-)
-def test_the_users_choice_of_gpus_stands(visible, listed, count, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if listed is not None:
-        list_gpus(tmp_path, monkeypatch, listed)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices.gpu_count() == count

@@ -10,36 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from atlas_lib import devices, models
-from atlas_lib.evaluate import decoding, responses
+from atlas_lib.evaluate import responses
 
 MADE_FROM = {"model": "embedded:base", "max_new_tokens": 24, "stop_ids": [0, 2]}
 PROMPTS = [{"key": 10 + i, "prompt": f"Say {i}."} for i in range(5)]
 
-# What a killed process runs: the tiny model generates, and a log notes what has been handed over.
+# What a killed process runs; it prints the keys of what has been stored.
 CHILD = """
-import json, sys
+import json, sys, time
 from pathlib import Path
-from atlas_lib import devices, models
-from atlas_lib.evaluate import decoding, responses
-from atlas_lib.config import load_config
-
-folder, log, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-config = load_config("sft_qwen05b", "offline", options["set"])
-log = log.open("ab", buffering=0)
+from atlas_lib.evaluate import responses
 
 def generate_missing(rows, on_response):
-    base = models.load_weights("base", config, devices.Device("cpu", "float32", "test"), False)
-    def note(position, response):
-        on_response(position, response)
-        log.write(b"%d\\n" % rows[position]["key"])
-    texts = [row["prompt"] for row in rows]
-    tokenizer = models.load_tokenizer(config)
-    decoding.generate(base, tokenizer, texts, "chat", options["cap"], 8, note)
+    for position, row in enumerate(rows):
+        text = row["prompt"].upper()
+        time.sleep(0.01)
+        on_response(position, {"response": text, "n_tokens": len(text), "stop": None})
+        print("key", row["key"], flush=True)
 
-responses.collect_responses(
-    folder, "base-chat", options["made_from"], options["prompts"], generate_missing
-)
+folder, made_from, prompts = sys.argv[1], *map(json.loads, sys.argv[2:])
+responses.collect_responses(Path(folder), "base-chat", made_from, prompts, generate_missing)
 """
 
 
@@ -114,7 +104,7 @@ def test_another_origin_or_other_prompts_start_another_file(tmp_path, change):
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
-@pytest.mark.parametrize("kept", range(0, 400, 7))
+@pytest.mark.parametrize("kept", range(0, 400, 23))
 def test_a_file_torn_anywhere_is_mended(tmp_path, kept):
     found = collect(tmp_path)
     path = written(tmp_path)
@@ -123,50 +113,6 @@ def test_a_file_torn_anywhere_is_mended(tmp_path, kept):
     assert sorted(json.loads(line)["index"] for line in path.open() if "index" in line) == [
         *range(5)
     ]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [b"{}", b"garbage", b"\x00\x00", b"[1]", b'{"index": 9}', b"", b'{"index": [0], "key": 1}'],
-)
-def test_a_damaged_line_in_the_middle_is_named(tmp_path, damage):
-    collect(tmp_path)
-    path = written(tmp_path)
-    lines = path.read_bytes().split(b"\n")
-    lines[2] = damage
-    path.write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match=rf"{path.name}, line 3 is damaged"):
-        collect(tmp_path, refuse)
-
-
-def test_a_foreign_first_line_is_refused(tmp_path):
-    collect(tmp_path)
-    path = written(tmp_path)
-    path.write_text(path.read_text().replace("embedded:base", "embedded:bose"))
-    with pytest.raises(ValueError, match="line 1 is damaged"):
-        collect(tmp_path, refuse)
-
-
-def test_a_second_response_to_a_prompt_is_refused(tmp_path):
-    collect(tmp_path)
-    path = written(tmp_path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines, lines[1]]))
-    with pytest.raises(ValueError, match="line 7 is damaged or repeats a response"):
-        collect(tmp_path, refuse)
-
-
-@pytest.mark.parametrize(
-    ("positions", "error"),
-    [((0, 0), "line 3 is damaged or repeats a response"), ((0,), "4 prompts have no response")],
-)
-def test_a_generator_that_repeats_or_skips_a_prompt_is_refused(tmp_path, positions, error):
-    def some(rows, on_response):
-        for position in positions:
-            on_response(position, response("a"))
-
-    with pytest.raises(ValueError, match=error):
-        collect(tmp_path, some)
 
 
 def test_a_second_writer_is_refused_and_harms_nothing(tmp_path):
@@ -179,36 +125,23 @@ def test_a_second_writer_is_refused_and_harms_nothing(tmp_path):
     assert collect(tmp_path, meanwhile) == collect(tmp_path, refuse)
 
 
-@pytest.fixture(scope="module")
-def asked(tiny_config):
-    """Prompts for the child, and the responses of a run that nobody interrupts."""
-    prompts = [{"key": 100 + i, "prompt": "Write about chess. " * (i % 7 + 1)} for i in range(40)]
-    base = models.load_weights("base", tiny_config, devices.Device("cpu", "float32", "test"), False)
-    texts = [p["prompt"] for p in prompts]
-    tokenizer = models.load_tokenizer(tiny_config)
-    return prompts, decoding.generate(base, tokenizer, texts, "chat", 160, 8)
-
-
-def test_killed_again_and_again_it_gives_the_responses_of_one_run(tmp_path, asked):
-    from tiny import TINY
-
-    prompts, expected = asked
-    options = {"set": TINY, "cap": 160, "made_from": MADE_FROM, "prompts": prompts}
-    log, draw, killed = tmp_path / "log", random.Random(0), 0
-    log.touch()
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(log), json.dumps(options)]
-    while killed < 4 and log.stat().st_size < 4 * len(prompts):
-        before = log.stat().st_size
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while child.poll() is None and log.stat().st_size == before:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.15))
-        child.send_signal(signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
-    assert killed >= 2
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert collect(tmp_path, refuse, prompts=prompts) == expected
-    handed_over = [int(key) for key in log.read_text().split()]
-    # Noted after it was kept: a kill in between leaves a response kept but not noted, never the
-    # other way round, and nothing is handed over by two processes.
-    assert len(set(handed_over)) == len(handed_over) >= len(prompts) - killed
+def test_killed_again_and_again_it_generates_nothing_twice(tmp_path):
+    prompts = [{"key": 100 + i, "prompt": f"Write about {i}. "} for i in range(200)]
+    command = [sys.executable, "-c", CHILD, tmp_path, json.dumps(MADE_FROM), json.dumps(prompts)]
+    draw, log, killed = random.Random(0), tmp_path / "log", 0
+    with log.open("ab") as file:
+        while killed < 4:
+            before = log.stat().st_size
+            child = subprocess.Popen(command, stdout=file)
+            while child.poll() is None and log.stat().st_size == before:
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.15))
+            child.kill()
+            assert child.wait() == -signal.SIGKILL
+            killed += 1
+        subprocess.run(command, check=True, stdout=file)
+    stored = collect(tmp_path, refuse, prompts=prompts)
+    assert stored == collect(tmp_path / "at once", prompts=prompts)
+    keys = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("key")]
+    # Printed once stored: a kill in between leaves a response that is stored but not printed.
+    assert len(set(keys)) == len(keys) >= len(prompts) - killed

@@ -59,17 +59,24 @@ def test_wilsons_formula(passed, n):
     assert found == pytest.approx([centre - half, centre + half], abs=1e-9)
 
 
-def test_instruction_interval_against_the_ratio_estimators_standard_error():
-    verdicts = clustered()
-    passed = np.array([sum(v["strict"]) for v in verdicts])
-    sizes = np.array([len(v["strict"]) for v in verdicts])
-    ratio, n = passed.sum() / sizes.sum(), len(verdicts)
-    error = math.sqrt(np.sum((passed - ratio * sizes) ** 2) / (n - 1) / n) / sizes.mean()
-    low, high = interval(verdicts)
-    assert [low, high] == pytest.approx([ratio - 1.96 * error, ratio + 1.96 * error], abs=0.003)
-    naive = math.sqrt(ratio * (1 - ratio) / sizes.sum())
+def test_instruction_intervals_against_the_ratio_estimators_standard_error():
+    a = clustered()
+    b = improved(a)
+    compared = significance.paired(a, b)
+    sizes = np.array([len(v["strict"]) for v in a])
+    passed = np.array([sum(v["strict"]) for v in a])
+    gains = np.array([sum(v["strict"]) for v in b]) - passed
+    difference_ci95 = [bound / 100 for bound in compared["inst_difference_ci95"]]
+    for values, found in [(passed, interval(a)), (gains, difference_ci95)]:
+        ratio, n = values.sum() / sizes.sum(), len(a)
+        error = math.sqrt(np.sum((values - ratio * sizes) ** 2) / (n - 1) / n) / sizes.mean()
+        assert found == pytest.approx([ratio - 1.96 * error, ratio + 1.96 * error], abs=0.003)
+    assert compared["inst_difference_points"] == pytest.approx(100 * ratio)
+    share = passed.sum() / sizes.sum()
+    naive = math.sqrt(share * (1 - share) / sizes.sum())
+    low, high = interval(a)
     assert high - low > 1.15 * 2 * 1.96 * naive, "instructions of a prompt are not independent"
-    assert [low, high] == interval(verdicts), "seeded"
+    assert [low, high] == interval(a), "seeded"
 
 
 def test_instruction_interval_resamples_the_number_of_instructions_too():
@@ -132,19 +139,6 @@ def test_prompt_interval_against_a_plain_bootstrap_and_the_normal_formula():
     assert significance.paired(a, b)["difference_ci95"] == [low, high], "seeded"
 
 
-def test_instruction_difference_against_the_ratio_estimators_standard_error():
-    a = clustered()
-    b = improved(a)
-    gains = np.array([sum(y["strict"]) - sum(x["strict"]) for x, y in zip(a, b, strict=True)])
-    sizes = np.array([len(v["strict"]) for v in a])
-    ratio, n = gains.sum() / sizes.sum(), len(a)
-    error = math.sqrt(np.sum((gains - ratio * sizes) ** 2) / (n - 1) / n) / sizes.mean()
-    found = significance.paired(a, b)
-    assert found["inst_difference_points"] == pytest.approx(100 * ratio)
-    theirs = [100 * (ratio - 1.96 * error), 100 * (ratio + 1.96 * error)]
-    assert found["inst_difference_ci95"] == pytest.approx(theirs, abs=0.2)
-
-
 def test_swapping_a_and_b_mirrors_everything():
     a = clustered()
     b = improved(a)
@@ -155,13 +149,10 @@ def test_swapping_a_and_b_mirrors_everything():
         assert there[f"{name}_points"] == pytest.approx(-back[f"{name}_points"])
         mirrored = [-bound for bound in reversed(back[f"{name}_ci95"])]
         assert there[f"{name}_ci95"] == pytest.approx(mirrored, abs=1e-9)
-    swapped = {"both": "both", "only_a": "only_b", "only_b": "only_a", "neither": "neither"}
-    for name, tally in there["by_type"].items():
-        assert tally == {k: back["by_type"][name][other] for k, other in swapped.items()}
     assert significance.sensitivity(there, 541, 0.05) == significance.sensitivity(back, 541, 0.05)
 
 
-@pytest.mark.parametrize("outcomes", [(3, 0, 0, 4), (7, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0)])
+@pytest.mark.parametrize("outcomes", [(3, 0, 0, 4), (0, 0, 0, 1)])
 def test_no_discordant_pair_finds_nothing(outcomes):
     found = significance.paired(*sides(*outcomes))
     assert (found["mcnemar_p"], found["net"]) == (1.0, 0)
@@ -178,21 +169,12 @@ def test_one_prompt():
     assert significance.sensitivity(found, 1, 0.05)["net_needed"] is None
 
 
-def test_other_prompts_are_refused_by_row():
+def test_other_prompts_are_refused():
     a, b = sides(1, 1, 1, 1)
     other_ids = [*b[:3], verdict(3, True, names=["punctuation:no_comma"])]
-    for other, where in [
-        (b[::-1], "row 1 is key 0 .* and key 3 "),
-        (b[:3], r"\(4 and 3 rows\)"),
-        (
-            other_ids,
-            r"row 4 is key 3 \['startend:quotation'\] and key 3 \['punctuation:no_comma'\]",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=f"not of the same prompts in the same order.*{where}"):
+    for other in (b[::-1], b[:3], other_ids):
+        with pytest.raises(ValueError, match="not of the same prompts in the same order"):
             significance.paired(a, other)
-    with pytest.raises(ValueError, match=r"\(0 and 0 rows\)"):
-        significance.paired([], [])
 
 
 # --- several comparisons
@@ -232,16 +214,9 @@ def test_comparisons_follow_the_plan():
         for form in ("raw", "chat")
     }
     found = significance.compare_grid(verdicts, 0.05, 0.05)
-    assert [(c["role"], *map(" ".join, (c["a"], c["b"]))) for c in found] == [
-        ("primary", "base chat", "SFT chat"),
-        ("secondary", "base raw", "SFT raw"),
-        ("other", "SFT chat", "Instruct chat"),
-        ("other", "base chat", "Instruct chat"),
-        ("other", "SFT raw", "Instruct raw"),
-        ("other", "base raw", "Instruct raw"),
-        ("other", "base raw", "base chat"),
-        ("other", "SFT raw", "SFT chat"),
-        ("other", "Instruct raw", "Instruct chat"),
+    assert [c["role"] for c in found] == ["primary", "secondary", *["other"] * 7]
+    assert [(c["a"], c["b"]) for c in found[:2]] == [
+        (["base", form], ["SFT", form]) for form in ("chat", "raw")
     ]
     assert [c["p_adjusted"] for c in found[:2]] == [c["mcnemar_p"] for c in found[:2]]
     others = {str(i): c["mcnemar_p"] for i, c in enumerate(found[2:])}
@@ -301,16 +276,6 @@ def test_prompts_needed_has_80_percent_power_by_simulation():
     assert np.mean((wins > losses) & (p < 0.05)) == pytest.approx(0.8, abs=0.006)
     power = [significance.power(prompts, *shares[:2], 0.05) for prompts in (needed, needed - 9)]
     assert power[0] >= 0.8 > power[1]
-
-
-def test_prompts_needed_against_the_normal_approximation():
-    """Miettinen: n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2, d net and s discordant share."""
-    only_a, only_b, n = 17, 15, 541
-    share, net = (only_a + only_b) / n, (only_b - only_a) / n
-    z_a, z_b = stats.norm.ppf([0.975, 0.8])
-    about = (z_a * math.sqrt(share) + z_b * math.sqrt(share - net**2)) ** 2 / net**2
-    found = sensitivity(only_a, only_b, n)["prompts_needed"]
-    assert found == pytest.approx(about, rel=0.03)
 
 
 def test_wins_alone_need_six():

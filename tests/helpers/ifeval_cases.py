@@ -38,3 +38,22 @@ def write(folder, *lines, name="prompts.jsonl"):
 def python(code, **environment):
     return subprocess.run([sys.executable, *code], cwd=ROOT, env=os.environ | environment,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
+
+
+def random_adapter(config, folder):
+    """The folder of a saved adapter with random weights in place of trained ones."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from atlas_lib import devices, models
+    from atlas_lib.train import adapters
+
+    cpu = devices.Device("cpu", "float32", "test")
+    base = models.load_weights("base", config, cpu, in_4bit=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
+    for parameter in (p for p in adapted.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokenizer = models.load_tokenizer(config)
+    adapters.save_adapter(adapted, folder, config, tokenizer, tokenizer.chat_template)
+    return folder

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from atlas_lib.evaluate import ifeval
+from atlas_lib.evaluate.checkers import lm_eval_checkers
 from atlas_lib.standin import corpus
 
 
@@ -36,13 +37,7 @@ def rows(conversations, options):
 @pytest.fixture(scope="module")
 def checkers():
     """Instruction type -> IFEval's class that checks it."""
-    try:
-        ifeval.ensure_punkt()
-    except FileNotFoundError as error:
-        pytest.skip(f"NOT TESTED, the checkers need nltk's punkt_tab: {error}")
-    from lm_eval.tasks.ifeval import instructions_registry
-
-    return instructions_registry.INSTRUCTION_DICT
+    return lm_eval_checkers().instructions_registry.INSTRUCTION_DICT
 
 
 def types_of(rows) -> collections.Counter:
@@ -97,11 +92,6 @@ def test_topics_of_the_splits_share_no_word():
     assert tuple(used) == corpus.SPLITS
     for one, other in itertools.combinations(corpus.SPLITS, 2):
         assert not used[one] & used[other]
-
-
-def test_keys_are_unique_over_prompts_and_dev(rows):
-    keys = [row["key"] for row in rows["prompts"] + rows["dev"]]
-    assert len(keys) == len(set(keys))
 
 
 def test_the_seed_alone_decides(options, conversations):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import json, sys
 from atlas_lib.config import load_config
 from atlas_lib.standin import tiny_model
 config = load_config("sft_qwen05b", "offline", json.loads(sys.argv[1]))
-print(getattr(tiny_model, sys.argv[2])("base", config))
+print(tiny_model.build("base", config))
 """
 
 
@@ -51,12 +50,10 @@ def parts(tmp_path_factory):
         return {part: tiny_model.build(part, small()) for part in tiny_model.PARTS}
 
 
-def start(function: str, overrides: dict, folder: Path = ROOT) -> subprocess.Popen:
-    """A process that calls a function of the module for the base, in the checkout at `folder`."""
-    command = [sys.executable, "-c", BUILD, json.dumps(SMALL | overrides), function]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(**overrides) -> subprocess.Popen:
+    """A process that builds the base."""
+    command = [sys.executable, "-c", BUILD, json.dumps(SMALL | overrides)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones(cache):
@@ -72,7 +69,7 @@ def test_a_part_is_built_once_and_alone(cache, capsys):
     built = folder.stat().st_mtime_ns
     assert tiny_model.build("ifeval", small()) == folder
     assert folder.stat().st_mtime_ns == built and capsys.readouterr().out == ""
-    assert list(cache.iterdir()) == [folder]
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder]
 
 
 @pytest.mark.parametrize(
@@ -94,34 +91,32 @@ def test_identity_covers_what_decides_a_part_and_no_more(change, changed):
     assert differing == changed
 
 
-def test_identity_covers_the_code(tmp_path):
-    for name in ("atlas_lib", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    with (tmp_path / "atlas_lib" / "standin" / "corpus.yaml").open("a") as source:
-        source.write("# one more word\n")
-    [here, there] = [start("made_from", {}, place).communicate() for place in (ROOT, tmp_path)]
-    assert here[0].strip() == str(tiny_model.made_from("base", small())), here[1]
-    assert there[0].strip() and there[0] != here[0], there[1]
+def test_identity_covers_the_code(tmp_path, monkeypatch):
+    before = tiny_model.made_from("base", small())
+    (tmp_path / "corpus.yaml").write_bytes(corpus.WORDS.read_bytes() + b"# one more word\n")
+    monkeypatch.setattr(corpus, "WORDS", tmp_path / "corpus.yaml")
+    assert tiny_model.made_from("base", small()) != before
 
 
 def test_killed_while_building_it_leaves_no_half_built_part(cache):
-    process = start("build", {"offline.pretrain_steps": 10**6})
+    process = start(**{"offline.pretrain_steps": 10**6})
     deadline = time.monotonic() + 120
     while not list(cache.glob(".tiny-*/*/tokenizer.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert list(cache.glob(".tiny-*")) and not list(cache.glob("tiny-*"))
+    assert list(cache.glob(".tiny-*")) and not list(cache.glob("tiny-*/"))
     assert tiny_model.build("base", small()).is_dir()
 
 
 def test_two_at_once_end_with_one_complete_part(cache):
-    processes = [start("build", {}), start("build", {})]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    processes = [start(), start()]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
     built = str(tiny_model.build("base", small()))
-    assert {out.splitlines()[-1] for out, _ in outputs} == {built}
-    assert list(map(str, cache.iterdir())) == [built]
+    assert {out.splitlines()[-1] for out in outputs} == {built}
+    assert "".join(outputs).count("Building embedded:base") == 1
+    assert [str(path) for path in cache.iterdir() if path.is_dir()] == [built]
 
 
 def test_base_and_tokenizer_load_as_from_the_hub(parts):
@@ -138,18 +133,6 @@ def test_base_and_tokenizer_load_as_from_the_hub(parts):
     assert model.generation_config.eos_token_id == ids[0]  # a base knows no turns
     text = "Naïve café:\n\n* 12 x 7 = 84 — Это спокойно. 你好"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_the_template_is_qwens(parts):
-    import trl
-    from transformers import AutoTokenizer
-
-    shipped = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
-    tokenizer = AutoTokenizer.from_pretrained(parts["tokenizer"])
-    assert tokenizer.chat_template == shipped.read_text(encoding="utf-8")
-    chat = [{"role": "user", "content": "Hello"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
 
 
 PROMPTS = ("train", ["key", "prompt", "instruction_id_list", "kwargs"])

@@ -154,6 +154,37 @@ def remove_alternative_text(notebook) -> None:
     next(o for o in outputs if "image/png" in o.get("data", {})).metadata.clear()
 
 
+NOT_COMMITTED = "is not the committed notebooks/03_sft_train.ipynb"
+WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}}
+FAULTS = {
+    "other code": (in_last_cell(source="print()"), NOT_COMMITTED),
+    "other prose": (in_notebook(lambda n: n.cells[0].update(source="# Other")), NOT_COMMITTED),
+    "another order": (in_last_cell(execution_count=1), "did not run once each, in order"),
+    "a cell not run": (in_last_cell(execution_count=None), "did not run once each, in order"),
+    "an error": (in_outputs("error", ename="E", evalue="e"), "has a cell that ended in an error"),
+    "a widget": (in_outputs("display_data", data=WIDGET), "has a widget"),
+    "no alternative text": (
+        in_notebook(remove_alternative_text), "has a figure without alternative text",
+    ),
+    "two megabytes": (in_outputs("stream", text="x" * 2_000_000), "at most 1,000,000 go in"),
+    "a secret": (
+        in_outputs("stream", text="hf_" + "AbCdEfGhIj" * 4), "what looks like a key or token",
+    ),
+    "a dirty commit": (in_stamp(commit="0123456789ab-dirty"), "-dirty; commit everything"),
+    "an unknown commit": (in_stamp(commit="0123456789ab"), "ran at commit 0123456789ab"),
+    "no commit": (
+        in_notebook(lambda n: publish.stamp_of(n).clear()), "does not record its commit",
+    ),
+    "another digest": (in_stamp(digest="0123456789ab"), "was not written by its notebook"),
+    "no notebook": (lambda run: (run / PAGE).unlink(), "lacks notebooks/03_sft_train.ipynb"),
+    "half a notebook": (lambda run: os.truncate(run / PAGE, 1000), "is not a notebook"),
+    "another audit": (
+        lambda run: (run / "02_template_audit" / "summary.json").write_text("{}"),
+        "is not the file that 02_template_audit wrote",
+    ),
+}  # fmt: skip
+
+
 def refused(checkout: Path, run: Path, results: Path, sentence: str) -> None:
     done = publish_from(checkout, run, results)
     assert done.returncode == 1
