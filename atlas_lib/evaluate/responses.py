@@ -28,8 +28,8 @@ def collect_responses(
     each of them. It is not called if nothing is missing, so it is the place to load a model.
     Raises ValueError if another process writes the file.
     """
-    made_from = made_from | {"prompts_sha256": _sha256([p["prompt"] for p in prompts])}
-    path = folder / f"{name}-{_sha256(made_from)[:12]}.jsonl"
+    made_from = made_from | {"prompts_sha256": _hash([p["prompt"] for p in prompts])}
+    path = folder / f"{name}-{_hash(made_from)[:12]}.jsonl"
     if len(_read_responses(path)) < len(prompts):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -44,7 +44,7 @@ def collect_responses(
     return [found[i] for i in range(len(prompts))]
 
 
-def _sha256(value: Any) -> str:
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

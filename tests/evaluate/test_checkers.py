@@ -5,59 +5,26 @@ import os
 import random
 import zipfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from ifeval_cases import OFFICIAL, official, prompt, python
 
 from atlas_lib.evaluate import checkers, ifeval, ifeval_files
 
-# (instruction, kwargs, a response that follows it, one that does not), written by hand
+# (instruction, kwargs, a response that follows it, one that does not), written by hand, of those
+# that need Punkt or langdetect; the responses of the tiny model's corpus follow all 25 types.
 EXAMPLES = [
-    ("change_case:capital_word_frequency",
-     {"capital_relation": "at least", "capital_frequency": 2}, "VERY GOOD tea.", "Very GOOD tea."),
     ("change_case:english_capital", {},
      "THE WEATHER IS LOVELY AND EVERYBODY WANTS TO GO OUTSIDE.", "The WEATHER IS LOVELY."),
     ("change_case:english_lowercase", {},
      "the tea is ready, so sit down with us.", "The tea is ready, so sit down with us."),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Name a tea."},
-     "Name a tea. Assam.", "Assam. Name a tea."),
-    ("combination:two_responses", {}, "Assam.\n******\nCeylon.", "Assam.\n***\nCeylon."),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2},
-     "Dear [name], come at [time].", "Dear [name], come at noon."),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."},
-     "Come at noon.\nP.S. Bring tea.", "Come at noon and bring tea."),
-    ("detectable_format:constrained_response", {}, "My answer is yes.", "Yes."),
-    ("detectable_format:json_format", {}, '{"tea": "Assam"}', '{"tea": "Assam"'),
-    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2},
-     "Section 1\nAssam.\nSection 2\nCeylon.", "Section 1\nAssam and Ceylon."),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2},
-     "* Assam\n* Ceylon", "* Assam\n* Ceylon\n* Keemun"),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2},
-     "*Assam* before *Ceylon*.", "*Assam* before Ceylon."),
-    ("detectable_format:title", {}, "<<On tea>>\nIt is hot.", "<On tea>\nIt is hot."),
-    ("keywords:existence", {"keywords": ["kettle", "cup"]}, "A kettle and a cup.", "A kettle."),
-    ("keywords:forbidden_words", {"forbidden_words": ["coffee"]}, "Tea.", "Tea, not coffee."),
-    ("keywords:frequency", {"relation": "at least", "keyword": "tea", "frequency": 2},
-     "Tea is tea.", "Tea is hot."),
-    ("keywords:letter_frequency", {"letter": "a", "let_relation": "at least", "let_frequency": 3},
-     "Assam tea.", "Green tea."),
+    ("change_case:capital_word_frequency",
+     {"capital_relation": "at least", "capital_frequency": 2}, "VERY GOOD tea.", "Very GOOD tea."),
     ("language:response_language", {"language": "de"},
      "Der Tee ist fertig, und wir setzen uns jetzt zusammen an den Tisch.",
      "The tea is ready, and we sit down together at the table now."),
-    ("length_constraints:nth_paragraph_first_word",
-     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "ceylon"},
-     "Assam first.\n\nCeylon second.", "Ceylon first.\n\nAssam second."),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2},
-     "Assam.\n***\nCeylon.", "Assam.\n\nCeylon."),
     ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3},
      "Dr. Smith drinks tea. It is hot.", "He drinks tea. It is hot. He waits."),
-    ("length_constraints:number_words", {"relation": "at least", "num_words": 4},
-     "Tea is very hot.", "Tea is hot."),
-    ("punctuation:no_comma", {}, "Tea and milk.", "Tea, milk."),
-    ("startend:end_checker", {"end_phrase": "That is all."},
-     "Tea. That is all.", "That is all. Tea."),
-    ("startend:quotation", {}, '"Tea is hot."', "Tea is hot."),
 ]  # fmt: skip
 
 
@@ -232,69 +199,39 @@ def synthesised(prompts, round_=0):
 
 
 @pytest.fixture
-def lm_eval_task(tmp_path, monkeypatch):
-    """lm-eval's own task, from the packaged YAML, with the official prompts read from the file.
-
-    Two things are ours, so that both sides draw alike: langdetect's seed (set for the process by
-    checkers.lm_eval_checkers), and `random`, which is seeded by the prompt's key before each check.
-    """
-    from lm_eval.tasks import TaskManager
-
-    packaged = Path(checkers.lm_eval_checkers().__file__).with_name("ifeval.yaml")
-    kwargs = {"data_files": str(OFFICIAL), "cache_dir": str(tmp_path / "cache")}
-    derived = {"include": str(packaged), "dataset_path": "json", "dataset_kwargs": kwargs}
-    (tmp_path / "ifeval.yaml").write_text(json.dumps(derived))
-    tasks = TaskManager(include_defaults=False).load([str(tmp_path / "ifeval.yaml")])["tasks"]
-    names = tasks["ifeval"].config.process_results.__globals__
+def lm_evals_task(monkeypatch):
+    """lm-eval's task, which draws as ours does: seeded by the prompt's key before each check."""
+    task = checkers.lm_eval_checkers()
 
     def seeded(check):
         return lambda case, text: random.seed(str(case.key)) or check(case, text)
 
-    for mode in checkers.MODES:
-        name = f"test_instruction_following_{mode}"
-        monkeypatch.setitem(names, name, seeded(names[name]))
-    return tasks["ifeval"]
-
-
-def replayed(task, responses):
-    """(metrics, samples) of lm-eval's whole evaluation of a model that knows its responses."""
-    from lm_eval import evaluator
-    from lm_eval.api.model import LM
-
-    class Replay(LM):
-        def generate_until(self, requests):
-            return [responses[request.args[0]] for request in requests]
-
-        def loglikelihood(self, requests):
-            raise NotImplementedError
-
-        loglikelihood_rolling = loglikelihood
-
-    found = evaluator.simple_evaluate(Replay(), tasks=[task], bootstrap_iters=0)
-    samples = sorted(found["samples"]["ifeval"], key=lambda sample: sample["doc_id"])
-    return found["results"]["ifeval"], samples
+    for name in (f"test_instruction_following_{mode}" for mode in checkers.MODES):
+        monkeypatch.setattr(task, name, seeded(getattr(task, name)))
+    return task
 
 
 @official
-def test_official_prompts_agree_with_lm_evals_whole_task(lm_eval_task):
-    prompts, before = ifeval_files.load_prompts(str(OFFICIAL)), random.getstate()
-    seen = set()
-    for round_ in range(2):
-        texts = synthesised(prompts, round_)
-        asked = [row["prompt"] for row in prompts]
-        metrics, samples = replayed(lm_eval_task, dict(zip(asked, texts, strict=True)))
-        verdicts = ifeval.score(prompts, texts)
-        summary = ifeval.summarise(verdicts)
-        assert summary["counts"]["instructions"] == 834
-        for name in summary["intervals"]:
-            assert metrics[f"{name},none"] == pytest.approx(summary[name], abs=1e-12), name
-        for found, theirs in zip(verdicts, samples, strict=True):
-            assert found["key"] == theirs["doc"]["key"]
-            assert found["loose"] >= found["strict"]
-            for mode in checkers.MODES:
-                where = (found["key"], mode)
-                seen.update(zip(found["instruction_id_list"], found[mode], strict=True))
-                assert found[mode] == theirs[f"inst_level_{mode}_acc"], where
-                assert found[f"prompt_{mode}"] == theirs[f"prompt_level_{mode}_acc"], where
-    assert len(seen) == 2 * 25, "each type is followed somewhere, and somewhere not"
-    random.setstate(before)
+@pytest.mark.parametrize("round_", [0, 1])
+def test_official_prompts_agree_with_lm_evals_task(lm_evals_task, round_):
+    prompts = ifeval_files.load_prompts(str(OFFICIAL))
+    names = {name for row in prompts for given in row["kwargs"] for name in given}
+    texts = synthesised(prompts, round_)
+    verdicts = ifeval.score(prompts, texts)
+    rows = []
+    for prompt_, text, found in zip(prompts, texts, verdicts, strict=True):
+        padded = [dict.fromkeys(names) | given for given in prompt_["kwargs"]]  # as on the hub
+        rows.append(lm_evals_task.process_results(prompt_ | {"kwargs": padded}, [text]))
+        assert found["loose"] >= found["strict"]
+        for mode in checkers.MODES:
+            assert found[mode] == rows[-1][f"inst_level_{mode}_acc"], (found["key"], mode)
+            assert found[f"prompt_{mode}"] == rows[-1][f"prompt_level_{mode}_acc"]
+    summary = ifeval.summarise(verdicts)
+    for name in summary["intervals"]:
+        values = [row[name] for row in rows]
+        whole = name.startswith("prompt")
+        theirs = sum(values) / 541 if whole else lm_evals_task.agg_inst_level_acc(values)
+        assert theirs == pytest.approx(summary[name], abs=1e-12), name
+    assert len(summary["by_type"]) == 25
+    kinds = [0 < passed < n for passed, n in summary["by_type"].values()]
+    assert sum(kinds) >= 23, "most types are followed somewhere, and somewhere not"

@@ -156,14 +156,6 @@ def test_a_stop_at_the_very_first_token(loaded, prompts, reference):
         assert cut[index] == ids[:end]
 
 
-def test_a_models_own_sampling_defaults_are_not_used(loaded):
-    base, tokenizer = loaded
-    before = decoding.generate(base, tokenizer, PROMPTS, "chat", 12)
-    base.generation_config.repetition_penalty = 5.0
-    base.generation_config.do_sample = True
-    assert decoding.generate(base, tokenizer, PROMPTS, "chat", 12, 4) == before
-
-
 @pytest.fixture
 def small_memory(loaded):
     """The model, out of memory where more than `rows` rows come at once, after a few passes."""
