@@ -60,15 +60,10 @@ def template_values() -> dict[str, Any]:
         json.loads((PUBLISHED / name).read_bytes())
         for name in ("run.json", "metrics.json", "sft_template_audit_summary.json")
     )
-    same = {"commit", "digest", "config_digest"} & run.keys()  # what names a run, now and formerly
     project = tomllib.loads((bootstrap.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     return {
         "run": run,
-        "metrics": [
-            {"eos_rate": row.get("stop_rate")} | row  # its name in rows published before
-            for row in rows
-            if all(row.get(key) == run[key] for key in same)
-        ],
+        "metrics": [row for row in rows if all(row.get(k) == run[k] for k in ("commit", "digest"))],
         "audit": audit,
         "primary": next(row for row in run["comparisons"] if row["role"] == "primary"),
         "repository": project["urls"]["Repository"],

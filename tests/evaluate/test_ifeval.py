@@ -123,7 +123,10 @@ BAD_PROMPTS = {
     "prompt of words": ([prompt() | {"prompt": ["Tea"]}], "row 1: .* it needs a text"),
     "empty prompt": ([prompt(), prompt(9, text="")], "row 2: .* it needs a text"),
     "no instruction": ([prompt(9, [], [])], "row 1: .* instructions with"),
-    "unknown id": ([prompt(9, ["punctuation:no_coma"])], "row 1: .*unknown instruction 'punc.*:no_coma'"),
+    "unknown id": (
+        [prompt(9, ["punctuation:no_coma"])],
+        "row 1: .*unknown instruction 'punc.*:no_coma'",
+    ),
     "too few kwargs": ([prompt(9, kwargs=[])], "row 1: .* instructions with as many kwargs"),
     "too many kwargs": ([prompt(9, kwargs=[{}, {}])], "row 1: .* with as many kwargs"),
     "kwargs name": ([prompt(9, WORDS, [{"words": 3}])], "row 1: .* needs .'num_words', 'relation'"),

@@ -83,7 +83,7 @@ def test_metrics_hold_every_model_and_format_and_their_run(whole):
     assert grid == {(name, form) for name in ("base", "SFT") for form in ("raw", "chat")}
     for row in metrics:
         assert all(row[key] for key in ("commit", "data", "hardware", "label", "ci95", "counts"))
-        assert re.fullmatch(r"[0-9a-f]{12}", row.get("digest", row.get("config_digest")))
+        assert re.fullmatch(r"[0-9a-f]{12}", row["digest"])
         assert len(row["by_type"]) == 25
 
 
