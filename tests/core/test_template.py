@@ -221,7 +221,8 @@ def audited(pair, tiny_config, tmp_path):
 
 MASKED = template.IGNORED
 TRAINER_FAULTS = {
-    "shifted": lambda row: row | {"labels": [MASKED, *row["labels"][:-1]]},
+    "off by one right": lambda row: row | {"labels": [MASKED, *row["labels"][:-1]]},
+    "off by one left": lambda row: row | {"labels": [*row["labels"][1:], MASKED]},
     "all supervised": lambda row: row | {"labels": row["input_ids"]},
     "none supervised": lambda row: row | {"labels": [MASKED] * len(row["labels"])},
     "cut short": lambda row: {key: values[:-1] for key, values in row.items()},
