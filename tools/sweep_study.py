@@ -223,6 +223,8 @@ def run_next(opened: OpenStudy, evaluate: Callable[[Trial], float]) -> bool:
 
         try:
             study.optimize(objective, n_trials=1, catch=(TrialError,))
+        except UnboundLocalError as error:  # optuna 5.0 hides behind it why the storage failed
+            raise (error.__context__ or error) from None
         except (AssertionError, ValueError):  # how Optuna refuses to end a trial that has ended
             if not values:
                 raise
