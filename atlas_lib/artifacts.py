@@ -104,11 +104,12 @@ def stage(name: str, config: Config, out: Path, inputs: Sequence[Path] = ()) -> 
     folder.mkdir(parents=True)
     yield folder
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".part")
+    determined_by = made_from(name, config)
     manifest = {
         "format": MANIFEST_FORMAT,
         "stage": name,
-        "made_from": made_from(name, config),
-        "digest": config_digest(config, name),
+        "made_from": determined_by,
+        "digest": digest(determined_by),
         "inputs": {path.name: result_digest(path) for path in inputs},
         "outputs": {path.relative_to(folder).as_posix(): sources.sha256(path) for path in files},
         "parameters": config.parameters,

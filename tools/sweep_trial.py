@@ -65,7 +65,7 @@ def evaluate_winner(place: Place, point: int, params: dict, seed: int) -> list[d
     if trained.is_dir():
         copy_once(trained, out)
     run_stages(place, list(STAGES), definition.winner_overrides(place.sweep, params, seed), out, {})
-    return json.loads((out / "metrics.json").read_bytes())
+    return artifacts.read_json(out / "metrics.json")
 
 
 def copy_once(source: Path, out: Path) -> None:
@@ -143,7 +143,7 @@ def run_module(place: Place, command: list[str], out: Path, environment: dict[st
             if process.poll() is None:  # the worker is stopped: the run saves what it has
                 process.terminate()
                 process.wait()
-    ending = json.loads((out / "ending.json").read_bytes())
+    ending = artifacts.read_json(out / "ending.json")
     if status == -signal.SIGKILL or ending["killed"]:
         raise RunKilledError(f"its process was killed; see {out / 'log.txt'}")
     if status:
@@ -197,7 +197,7 @@ def collect_results(sweep: Sweep, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def training_results(stage: Path) -> dict[str, Any]:
-    summary = json.loads((stage / "summary.json").read_bytes())
+    summary = artifacts.read_json(stage / "summary.json")
     log = artifacts.read_jsonl(stage / "train_log.jsonl")
     curve = [[entry["step"], entry["loss"]] for entry in log if "loss" in entry]
     thinned = curve[:: -(-len(curve) // MOST_POINTS) or 1]
@@ -205,7 +205,7 @@ def training_results(stage: Path) -> dict[str, Any]:
 
 
 def evaluation_results(stage: Path) -> dict[str, Any]:
-    results = json.loads((stage / "ifeval.json").read_bytes())
+    results = artifacts.read_json(stage / "ifeval.json")
     rows = {row["model"]: row for row in results["metrics"] if row["format"] == "chat"}
     verdicts = artifacts.read_jsonl(stage / "scores" / "SFT-chat.jsonl")
     return {
@@ -223,7 +223,7 @@ def time_by_part(sweep: Sweep, out: Path) -> dict[str, float]:
     parts: Counter[str] = Counter()
     for stage in sweep.stages:
         path = out / "notebooks" / f"{stage}.ipynb"
-        notebook = json.loads(path.read_bytes()) if path.is_file() else {"cells": []}
+        notebook = artifacts.read_json(path) if path.is_file() else {"cells": []}
         for cell in notebook["cells"]:
             tag = next(iter(WORK_TAGS & {*cell["metadata"].get("tags", [])}), "other cells")
             parts[f"{stage}: {tag}"] += cell["metadata"]["papermill"]["duration"] or 0.0

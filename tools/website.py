@@ -4,7 +4,6 @@ python -m tools.website
 """
 
 import base64
-import json
 import shutil
 import sys
 import tomllib
@@ -14,7 +13,7 @@ from typing import Any
 import jinja2
 import nbformat
 
-from atlas_lib import bootstrap
+from atlas_lib import artifacts, bootstrap
 
 PUBLISHED = bootstrap.ROOT / "results"
 SET_UP = {"parameters", "injected-parameters", "bootstrap", "setup"}  # tags of folded cells
@@ -57,7 +56,7 @@ def assemble(source: Path) -> None:
 def template_values() -> dict[str, Any]:
     """The variables of the templates in site/: the published run, and the repository's URL."""
     run, rows, audit = (
-        json.loads((PUBLISHED / name).read_bytes())
+        artifacts.read_json(PUBLISHED / name)
         for name in ("run.json", "metrics.json", "sft_template_audit_summary.json")
     )
     project = tomllib.loads((bootstrap.ROOT / "pyproject.toml").read_text("utf-8"))["project"]

@@ -60,10 +60,7 @@ def spread(row: dict, metric: str) -> tuple[float, float, float]:
 def strict_interval(row: dict) -> list[float]:
     """95 % interval of the strict accuracy over all seeds, by a bootstrap over prompts."""
     passed = [sum(scores) for scores in _by_prompt(row).values()]
-    sizes = [len(row["runs"])] * len(passed)
-    if sum(passed) in (0, sum(sizes)):  # resamples never vary
-        return significance.proportion_ci(len(passed) if sum(passed) else 0, len(passed))
-    return significance.bootstrap(passed, sizes, significance.RESAMPLES)
+    return significance.share_ci(passed, [len(row["runs"])] * len(passed))
 
 
 def _by_prompt(row: dict) -> dict[Any, list[int]]:

@@ -81,7 +81,7 @@ def kernel_metadata(stage: str, alone: bool = False) -> dict[str, Any]:
 
     `alone` attaches no results of other kernels.
     """
-    shared = json.loads((ROOT / METADATA).read_bytes())
+    shared = artifacts.read_json(ROOT / METADATA)
     owner = os.environ.get("KAGGLE_USERNAME") or shared["id"].partition("/")[0]
     needs = () if alone else STAGES[stage].needs
     return shared | {
@@ -147,7 +147,7 @@ def pushable(folder: Path, allow_dirty: bool) -> dict[str, Any]:
     """The record of a build that may be pushed from this checkout. Raises ValueError."""
     here = session.commit()
     try:
-        notebook = json.loads((folder / NOTEBOOK).read_bytes())
+        notebook = artifacts.read_json(folder / NOTEBOOK)
         build = notebook["metadata"]["atlas"]
     except (OSError, ValueError, KeyError):
         faults = ["is not a finished build"]

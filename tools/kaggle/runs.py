@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
 import shutil
 import tempfile
 import time
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, sources
 from atlas_lib.stages import STAGES
 from tools import leaks
 from tools.kaggle import bundle, errors
@@ -29,7 +27,7 @@ FAILED = ("ERROR", "CANCEL")  # how the states begin in which a kernel ends with
 def push_record(folder: Path) -> dict[str, Any]:
     """Name, version, commit and configuration digest of what was pushed last, if anything was."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / PUSHED).read_bytes())
+        return artifacts.read_json(folder / PUSHED)
     return {}
 
 
@@ -179,7 +177,7 @@ def file_faults(folder: Path) -> Iterator[str]:
     for manifest in folder.glob(f"*/{artifacts.MANIFEST}"):
         for name, recorded in artifacts.read_manifest(manifest.parent)["outputs"].items():
             path = manifest.parent / name
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != recorded:
+            if not path.is_file() or sources.sha256(path) != recorded:
                 yield f"{path.relative_to(folder)} is not the file that its manifest names"
     for path in (path for path in folder.rglob("*") if path.is_file()):
         # Rows and responses may mention keys; only a notebook or a log would show ours.
