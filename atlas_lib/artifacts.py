@@ -4,6 +4,7 @@ A result is identified by what it was made from: `made_from` lists it, `digest` 
 `difference` names the first mismatch. Code and package versions are recorded, not compared.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from atlas_lib import session, sources, stages
 from atlas_lib.schema import Config
 
@@ -21,6 +24,7 @@ KAGGLE_INPUT = session.KAGGLE / "input"
 # Arguments of SFTConfig that do not affect the result.
 WITHOUT_EFFECT = {"train.report_to", "train.run_name", "train.output_dir", "train.disable_tqdm"}
 WITHOUT_EFFECT |= {"train.dataloader_num_workers"}
+JSON_OBJECT = TypeAdapter(dict[str, Any])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,14 +54,20 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a .jsonl file. Raises ValueError that names file and line."""
+    """Objects of a file of JSON Lines. Raises ValueError that names file and line."""
     rows = []
     with path.open("rb") as file:  # bytes: only \n ends a line, whatever the text holds
         for number, line in enumerate(file, 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
+                if text := line.removeprefix(codecs.BOM_UTF8).strip():
+                    rows.append(JSON_OBJECT.validate_json(text))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Invalid JSON: ")
+                raise ValueError(
+                    f"{path}, line {number}: not JSON Lines "
+                    f"({reason.replace('line 1 column', 'column')}); each line must hold one "
+                    "object, in UTF-8 and not compressed."
+                ) from None
     return rows
 
 

@@ -13,45 +13,57 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Messages = list[dict[str, str]]
+TURN_KEYS = ("role", "content")
 SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
 def load_subset(config: Config) -> tuple["Dataset", "Dataset"]:
     """Training and validation rows: the first n_samples of one shuffle, then n_validation more.
 
-    Both have the column `messages` alone: TRL would read UltraChat's `prompt` column as
-    prompt/completion data. Raises ValueError that names a bad row.
+    Both have the column `messages` alone, each turn its role and content: TRL would read
+    UltraChat's `prompt` column as prompt/completion data. Raises ValueError that names a bad row.
     """
     from datasets import Dataset
 
     data = config.data
-    rows, wanted = load_rows(config), data.n_samples + data.n_validation
+    place, revision = sources.fetch(data.dataset, data.revision, config, "dataset")
+    rows, wanted = load_rows(place, revision, data.split), data.n_samples + data.n_validation
     if wanted > len(rows):
         raise ValueError(
             f"data.n_samples {data.n_samples} + data.n_validation {data.n_validation} is more than "
-            f"the {len(rows)} rows of {data.dataset}; lower one of them."
+            f"the {len(rows)} rows of {data.dataset}; lower one of them or add rows."
         )
     order = Dataset.from_dict({"row": range(len(rows))}).shuffle(seed=data.shuffle_seed)["row"]
-    order = list(order)[:wanted]
-    chosen = [rows[row].get("messages") for row in order]
-    check_conversations(chosen, order, data.dataset)
+    chosen = []
+    for row in list(order)[:wanted]:
+        messages = rows[row].get("messages")
+        if wrong := conversation_problem(messages):
+            raise ValueError(f"{data.dataset}, row {row} (from 0): {wrong}; fix or drop that row.")
+        chosen.append([{key: turn[key] for key in turn if key in TURN_KEYS} for turn in messages])
     check_known_rows(chosen, known_rows(config))
     dataset = Dataset.from_list([{"messages": messages} for messages in chosen])
     return dataset.select(range(data.n_samples)), dataset.select(range(data.n_samples, wanted))
 
 
-def load_rows(config: Config) -> Sequence[dict]:
-    """Rows with `messages`, by index: from the hub, a local folder or a local .jsonl."""
-    from datasets import load_dataset
+def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
+    """Rows by index: of a local file of JSON Lines, or of a split of a local folder or hub dataset.
 
-    path, revision = sources.fetch(config.data.dataset, config.data.revision, config, "dataset")
-    if path.endswith(".jsonl"):  # read here: an error of `datasets` names neither line nor key
-        rows = artifacts.read_jsonl(Path(path))
-        if not rows or not isinstance(rows[0], dict) or "messages" not in rows[0]:
-            raise ValueError(f"{path} has no rows with `messages`; each line needs that key.")
-        return rows
-    rows = load_dataset(path, revision=revision, split=config.data.split)
-    return rows.select_columns(["messages"])
+    Raises ValueError that names the source, and for a file the line.
+    """
+    import datasets
+
+    path, cache = Path(place), None
+    if path.is_dir():  # `datasets` caches a folder with a card by its name, not by its content
+        cache = f"{datasets.config.HF_DATASETS_CACHE}/{sources.content_digest(path)}"
+    elif path.is_file() or path.suffix.lower() in sources.FILE_TYPES:
+        return artifacts.read_jsonl(path)  # an error of `datasets` would not name the line
+    try:
+        return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)
+    except Exception as error:  # each of its loaders has exceptions of its own
+        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"{place} cannot be loaded as a dataset with the split {split!r} ({reason})."
+        ) from None
 
 
 def known_rows(config: Config) -> list[dict]:
@@ -71,16 +83,6 @@ def check_known_rows(conversations: Iterable[Messages], known: list[dict]) -> No
                 f"with {row['first_user_turn_starts'][:60]!r}; check data.revision, "
                 "data.shuffle_seed and the version of datasets."
             )
-
-
-def check_conversations(conversations: Iterable, rows: Iterable[int], source: str) -> None:
-    """Every conversation is [system]? then user, assistant, user, ... Raises ValueError.
-
-    `rows` are the indices of the conversations in `source`.
-    """
-    for row, messages in zip(rows, conversations, strict=True):
-        if problem := conversation_problem(messages):
-            raise ValueError(f"{source}, row {row} (from 0): {problem}; fix or drop that row.")
 
 
 def conversation_problem(messages: Any) -> str | None:

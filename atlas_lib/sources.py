@@ -5,6 +5,7 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from atlas_lib.schema import Config
 EMBEDDED = "embedded:"
 NAMED = ("data.dataset", "model.base", "model.tokenizer", "model.instruct", "model.adapter")
 NAMED += ("eval.prompts",)  # the keys whose values name a source
+FILE_TYPES = {".jsonl", ".json", ".csv", ".gz"}  # a name with one is a file, never a hub id
 
 
 def locate(name: str) -> Path | None:
@@ -42,8 +44,8 @@ def fetch(
         return str(tiny_model.build(part, config)), None
     if path := locate(name):
         return str(path), None
-    if name.endswith(".jsonl"):
-        raise FileNotFoundError(f"{name} does not exist; give an existing .jsonl or a hub id.")
+    if Path(name).suffix.lower() in FILE_TYPES:
+        raise FileNotFoundError(f"{name} does not exist; give an existing file or a hub id.")
     check_hub(name, revision, "dataset" if kind == "dataset" else "model")
     return name, revision
 
@@ -63,32 +65,34 @@ def content(name: str, config: Config) -> dict[str, Any]:
 
         return tiny_model.made_from(name.removeprefix(EMBEDDED), config)
     path = locate(name)
-    if path is None:
-        return {}
+    return {f"content of {name}": content_digest(path)} if path else {}
+
+
+def content_digest(path: Path) -> str:
+    """12 hex digits of a file's bytes, or of the names and bytes of all files below a folder.
+
+    Hidden files are left out, since no library loads them, and so is the card of a model.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    if any(file.name in ("config.json", "adapter_config.json") for file in files):
-        files = [file for file in files if file.suffix != ".md"]  # a model card does not matter
+    is_model = any(file.name in ("config.json", "adapter_config.json") for file in files)
     found = hashlib.sha256()
     for file in files:
-        found.update(f"{file.relative_to(path)} {sha256(file)}\n".encode())
-    return {f"content of {name}": found.hexdigest()[:12]}
+        name = file.relative_to(path).as_posix()
+        if not re.search(r"(^|/)\.[^/]", name) and not (is_model and file.suffix == ".md"):
+            found.update(f"{name} {sha256(file)}\n".encode())
+    return found.hexdigest()[:12]
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, computed once per process for a file that has not changed."""
-    status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    """The file's SHA-256, computed once per process for an unchanged file: about 1 s per GB."""
+    status = path.stat()  # tools that copy can keep size and mtime, but cannot set ctime
+    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @functools.cache
 def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def on_hub(name: str) -> bool:
-    """Whether a name can only be a hub id: neither embedded nor a local path."""
-    return not name.startswith(EMBEDDED) and locate(name) is None
 
 
 def taught_types(config: Config) -> set[str]:

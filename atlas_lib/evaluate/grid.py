@@ -47,6 +47,7 @@ def response_origin(
         "weights": content(getattr(model, role), getattr(model, f"{role}_revision")),
         "adapter": content(str(adapter), model.adapter_revision) if name == "SFT" else None,
         "quantization": config.quantization.model_dump() if config.eval.load_in_4bit else None,
+        "tokenizer": content(model.tokenizer, model.tokenizer_revision),
         "precision": f"{device.name} {device.dtype}",
         "format": form,
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:12],

@@ -4,11 +4,10 @@ import difflib
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, data
 from atlas_lib.evaluate import checkers
 
 VERDICTS_NAME = "verdicts.jsonl"
@@ -20,8 +19,8 @@ def load_prompts(name: str, revision: str | None = None, limit: int | None = Non
     Raises ValueError that names the first row that cannot be scored, before anything is generated.
     """
     known = checkers.lm_eval_checkers().instructions_registry.INSTRUCTION_DICT
-    prompts = []
-    for number, row in enumerate(itertools.islice(_prompt_rows(name, revision), limit), start=1):
+    prompts, rows = [], data.load_rows(name, revision, "train")
+    for number, row in enumerate(itertools.islice(rows, limit), start=1):
         try:
             prompts.append(_scorable(row, known))
         except Exception as error:  # a checker raises what it happens to meet
@@ -34,15 +33,6 @@ def load_prompts(name: str, revision: str | None = None, limit: int | None = Non
         problem = f"repeats the keys {repeated}" if prompts else "holds no prompts"
         raise ValueError(f"{name} {problem}.")
     return prompts
-
-
-def _prompt_rows(name: str, revision: str | None) -> Iterable[dict]:
-    if name.endswith(".jsonl") or Path(name).is_file():
-        # datasets' JSON loader wants one type for all keys and names no line where JSON is broken.
-        return artifacts.read_jsonl(Path(name))
-    import datasets
-
-    return datasets.load_dataset(name, split="train", revision=revision)
 
 
 def _scorable(row: dict, known: dict[str, Any]) -> dict:

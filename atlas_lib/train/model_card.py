@@ -25,7 +25,7 @@ def write_card(
         language="en",
         tags=["lora", "qlora", "sft", "trl", "transformers"],
         # The hub rejects a card with the name of a local folder.
-        **{key: name for key, name in sources_on_hub.items() if sources.on_hub(name)},
+        **{key: name for key, name in sources_on_hub.items() if not sources.content(name, config)},
     )
     card = ModelCard.from_template(
         data,

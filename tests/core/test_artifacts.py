@@ -204,7 +204,7 @@ def test_jsonl_round_trips_any_text(tmp_path_factory, rows):
     assert artifacts.read_jsonl(path) == rows
 
 
-@pytest.mark.parametrize("line", [b"{", b"", b"not json", b'{"a": "\xff"}'])
+@pytest.mark.parametrize("line", [b"{", b"[]", b"not json", b'{"a": "\xff"}'])
 def test_a_broken_line_is_named(line, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')

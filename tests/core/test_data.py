@@ -1,6 +1,10 @@
 """The training subset: a bad conversation is named; validation is not part of training."""
 
+import gzip
 import json
+import os
+import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -107,15 +111,153 @@ def test_a_bad_conversation_in_validation_is_found(source):
     assert f"row {last} (from 0)" in refusal(data.load_subset, configured(source, rows, 4, 2))
 
 
-def test_a_missing_file_is_named(source):
-    config = configured(source, [], 4, 2)
-    source.unlink()
-    assert str(source) in refusal(data.load_subset, config, kind=FileNotFoundError)
+# --- files and folders ----------------------------------------------------------------------------
+
+LINE = json.dumps(numbered(1)[0]).encode() + b"\n"
+ONE_A_LINE = "each line must hold one object, in UTF-8 and not compressed"
+# name: (name of the file, its bytes, words of the refusal)
+BAD_FILES = {
+    "no bytes": ("chats.jsonl", b"", "is more than the 0 rows of"),
+    "blank lines": ("chats.jsonl", b"\n \r\n", "is more than the 0 rows of"),
+    "other key": ("chats.jsonl", b'{"conversations": []}\n' * 9, "`messages` is empty or missing"),
+    "text": ("chats.jsonl", LINE + b'"x"\n', "line 2: not JSON Lines"),
+    "list": ("chats.jsonl", LINE + b"[]\n", "line 2: not JSON Lines"),
+    "half a line": ("chats.jsonl", LINE * 3 + LINE[:30], "line 4: not JSON Lines"),
+    "two objects": ("chats.jsonl", LINE.strip() + LINE, "line 1: not JSON Lines"),
+    "brackets": ("chats.jsonl", LINE + b"[" * 100_000 + b"\n", "line 2: not JSON Lines"),
+    "surrogate": (
+        "chats.jsonl",
+        LINE + LINE.replace(b"question 0", rb"\ud800"),
+        "line 2: not JSON Lines",
+    ),
+    "Latin-1": ("chats.jsonl", LINE + b'{"messages": "\xe4"}\n', "line 2: not JSON Lines"),
+    "UTF-16": (
+        "chats.jsonl",
+        LINE.decode().encode("utf-16"),
+        f"line 1: not JSON Lines.*{ONE_A_LINE}",
+    ),
+    "gzip": ("chats.jsonl.gz", gzip.compress(LINE), f"line 1: not JSON Lines.*{ONE_A_LINE}"),
+    "CSV": ("chats.csv", b"messages\nhello\n", f"line 1: not JSON Lines.*{ONE_A_LINE}"),
+    "array": ("chats.json", b"[\n" + LINE + b"]\n", f"line 1: not JSON Lines.*{ONE_A_LINE}"),
+    "array in a line": ("chats.json", b"[" + LINE.strip() + b"]", "line 1: not JSON Lines"),
+}
 
 
-@pytest.mark.parametrize("rows", [[], ["not json"], [{"conversations": [USER, ASSISTANT]}] * 6])
-def test_a_file_without_rows_of_messages_is_named(rows, source):
-    assert str(source) in refusal(data.load_subset, configured(source, rows, 4, 2))
+def configured_at(place: Path, **given):
+    return load_config(
+        "sft_qwen05b",
+        "",
+        {"data.dataset": str(place), "data.n_samples": 4, "data.n_validation": 2}
+        | {f"data.{key}": value for key, value in given.items()},
+    )
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named_with_the_line(name, tmp_path):
+    file, content, words = BAD_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    sentence = refusal(data.load_subset, configured_at(tmp_path / file))
+    assert str(tmp_path / file) in sentence
+    assert re.search(words, sentence)
+    assert not re.search(r"line \d+ column", sentence)  # of a line of its own
+
+
+@pytest.mark.parametrize("name", ["chats", "chats.json", "chats.JSONL", "chats.txt"])
+@pytest.mark.parametrize(("before", "after"), [(b"", b""), (b"\xef\xbb\xbf", b"\n\n")])
+def test_json_lines_are_read_from_a_file_of_any_name(before, after, name, tmp_path):
+    (tmp_path / name).write_bytes(before + LINE * 6 + after)
+    assert len(data.load_subset(configured_at(tmp_path / name))[0]) == 4
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSON", "chats.csv", "chats.jsonl.gz"])
+def test_a_missing_file_is_named(name, tmp_path):
+    config = configured_at(tmp_path / name)
+    assert f"{tmp_path / name} does not exist" in refusal(
+        data.load_subset, config, kind=FileNotFoundError
+    )
+
+
+def test_a_file_that_may_not_be_read_is_named(source):
+    source.touch(mode=0)
+    before = os.geteuid()
+    try:
+        if before == 0:  # root may read everything
+            os.seteuid(65534)
+        with pytest.raises(PermissionError, match=str(source)):
+            data.load_rows(str(source), None, "train")
+    finally:
+        os.seteuid(before)
+
+
+def test_other_keys_of_a_turn_are_left_out_whatever_their_types(source):
+    rows = numbered(6)
+    for note, row in zip(["x", 1, None, [2], {"a": 1}, True], rows, strict=True):
+        row["messages"][0]["note"] = note
+    train, validation = data.load_subset(configured(source, rows, 4, 2))
+    for messages in [*train["messages"], *validation["messages"]]:
+        assert [turn.keys() for turn in messages] == [{"role", "content"}] * 2
+
+
+CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "rows.jsonl"}]}]
+CARD = f"---\n{json.dumps({'configs': CONFIGS})}\n---\n"
+BAD_FOLDERS = {
+    "nothing": ({}, "any data files"),
+    "no such split": ({"test.jsonl": LINE * 6}, "'train'.*'test'"),
+    "broken JSON": ({"train.jsonl": LINE + b"{"}, "JSON parse error"),
+    "brackets": ({"train.jsonl": b"[" * 100_000}, "depth"),
+    "cells of text": ({"train.csv": b"messages\n" + b"hello\n" * 6}, "not a list"),
+    "broken card": ({"README.md": b"---\n{\n---\n", "train.jsonl": LINE * 6}, "flow node"),
+    "missing file of a card": ({"README.md": CARD.encode()}, "rows.jsonl"),
+    "pickle": ({"train.pkl": "pickle"}, "data files"),
+    "script": ({"mine.py": "script"}, "scripts are no longer supported"),
+    "script beside data": ({"mine.py": "script", "train.jsonl": LINE * 6}, "scripts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_bad_folder_is_named_and_runs_no_code(name, tmp_path):
+    folder, canary = tmp_path / "mine", tmp_path / "canary"
+    folder.mkdir()
+    code = f"open({str(canary)!r}, 'w')"
+    evil = {"pickle": pickle.dumps(Touching(code)), "script": code.encode()}
+    files, words = BAD_FOLDERS[name]
+    for file, content in files.items():
+        (folder / file).write_bytes(evil.get(content, content))
+    sentence = refusal(data.load_subset, configured_at(folder, split="train"))
+    assert str(folder) in sentence
+    assert re.search(words, sentence)
+    assert not canary.exists()
+
+
+class Touching:
+    """Its pickle runs `code` when it is loaded."""
+
+    def __init__(self, code: str):
+        self.code = code
+
+    def __reduce__(self):
+        return eval, (self.code,)
+
+
+def test_a_folder_may_be_named_like_a_file(tmp_path):
+    folder = tmp_path / "dir.jsonl"
+    artifacts.write_jsonl(folder / "train.jsonl", numbered(6))
+    train, _ = data.load_subset(configured_at(folder, split="train"))
+    assert len(train) == 4
+
+
+@pytest.mark.parametrize("card", [None, CARD])
+def test_a_folder_is_read_again_when_its_content_changes(card, tmp_path):
+    """`datasets` caches a folder with a card by its name, and another folder of that name too."""
+    found = []
+    for n, folder in enumerate([tmp_path / "mine", tmp_path / "mine", tmp_path / "other" / "mine"]):
+        rows = [{"messages": [USER, {"role": "assistant", "content": str(n)}]}] * 6
+        artifacts.write_jsonl(folder / ("rows.jsonl" if card else "train.jsonl"), rows)
+        if card:
+            (folder / "README.md").write_text(card, "utf-8")
+        train, _ = data.load_subset(configured_at(folder, split="train"))
+        found.append(train["messages"][0][1]["content"])
+    assert found == ["0", "1", "2"]
 
 
 def test_the_prepared_stage_reads_back_as_it_was_loaded(source, tmp_path):

@@ -126,6 +126,26 @@ def test_revision_and_quantisation_determine_responses(given, changed, adapter, 
     assert one != other
 
 
+PARTS = [
+    *(("base", file) for file in ("config.json", "model.safetensors")),
+    *(("tokenizer", file) for file in ("tokenizer.json", "merges.txt")),
+    *(("adapter", f"adapter_{file}") for file in ("config.json", "model.safetensors", "model.bin")),
+]
+
+
+@pytest.mark.parametrize(("key", "file"), PARTS)
+def test_responses_of_other_files_in_the_same_folder_are_not_reused(
+    key, file, adapter, tokenizer, tmp_path
+):
+    config = load_config("sft_qwen05b", "offline", {f"model.{key}": str(tmp_path)})
+    origins = []
+    for content in ("first", "other", "first"):
+        (tmp_path / file).write_text(content, "utf-8")
+        used = tmp_path if key == "adapter" else adapter
+        origins.append(grid.response_origin("SFT", "raw", config, CPU, used, tokenizer))
+    assert origins[0] == origins[2] != origins[1]
+
+
 def test_published_figures_stand_beside_the_full_run_only():
     rows = grid.known_figures(load_config("sft_qwen05b"))
     values = {(r["model"], r["format"]): r["value"] for r in rows if r["should_agree"]}

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from checks import refusal
 from ifeval_cases import prompt, python, verdict, write
 
 from atlas_lib import artifacts
@@ -57,6 +58,24 @@ def test_load_prompts_from_a_folder_with_a_dataset_card(tmp_path):
     rows = [prompt(1), prompt(2, ["startend:end_checker"], [{"end_phrase": "Bye."}])]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")  # fills kwargs with None
     assert ifeval_files.load_prompts(str(tmp_path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("odd.parquet", b"x"),
+        ("odd.json", b"{"),
+        ("test.csv", b"key\n1\n"),
+        ("x.py", b""),
+        ("", b""),
+    ],
+)
+def test_a_folder_without_loadable_prompts_is_named(file, content, tmp_path):
+    folder = tmp_path / "prompts.jsonl"
+    folder.mkdir()
+    if file:
+        (folder / file).write_bytes(content)
+    assert str(folder) in refusal(ifeval_files.load_prompts, str(folder))
 
 
 # --- the commands
@@ -118,7 +137,7 @@ BAD_PROMPTS = {
     "no rows": ([], "prompts.jsonl holds no prompts"),
     "broken JSON": ([prompt(), b'{"key": 2'], "line 2: not JSON"),
     "no UTF-8": ([prompt(), b'{"key": "\xff"}'], "line 2: not JSON"),
-    "not an object": ([[]], "row 1: IFEval's checkers cannot score this prompt"),
+    "not an object": ([[]], "line 1: not JSON Lines"),
     "no prompt": ([prompt() | {"prompt": None}], "row 1: .* it needs a text"),
     "prompt of words": ([prompt() | {"prompt": ["Tea"]}], "row 1: .* it needs a text"),
     "empty prompt": ([prompt(), prompt(9, text="")], "row 2: .* it needs a text"),
@@ -159,9 +178,8 @@ BAD_RESPONSES = {
     "no response": ([GIVEN[0] | {"response": None}, *GIVEN[1:]], "row 1 .* a text as 'response'"),
     "response of words": ([GIVEN[0] | {"response": ["Tea."]}, *GIVEN[1:]], "row 1 has to hold"),
     "no prompt": ([*GIVEN[:4], {"response": "Tea."}], "row 5 has to hold"),
-    "not an object": ([*GIVEN[:4], []], "row 5 has to hold"),
+    "not an object": ([*GIVEN[:4], []], "line 5: not JSON Lines"),
     "broken JSON": ([*GIVEN[:2], b'{"prompt": "Na', *GIVEN[3:]], "line 3: not JSON"),
-    "blank line": ([*GIVEN[:2], b"", *GIVEN[2:]], "line 3: not JSON"),
 }
 REFUSED = {f"prompts: {name}": (rows, GIVEN, error) for name, (rows, error) in BAD_PROMPTS.items()}
 REFUSED |= {
@@ -222,7 +240,7 @@ BAD_VERDICTS = {
     "other prompts": ([verdict(key + 1, True) for key in range(5)], "not of the same prompts"),
     "fewer": (GOOD[:3], "not of the same prompts"),
     "responses": (GIVEN, "bad.jsonl holds no verdicts"),
-    "not an object": (["text"], "bad.jsonl holds no verdicts"),
+    "not an object": (["text"], "bad.jsonl, line 1: not JSON Lines"),
     "broken JSON": ([*GOOD[:2], b"{"], "bad.jsonl, line 3: not JSON"),
     "empty": ([], "bad.jsonl holds no verdicts"),
 }

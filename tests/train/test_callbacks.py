@@ -143,6 +143,18 @@ def test_a_checkpoint_of_another_run_is_not_resumed(changed, message, checkpoint
     assert checkpoints().resume_from == str(old)  # a typing error does not lose it
 
 
+def test_a_checkpoint_of_other_weights_in_the_same_folder_is_not_resumed(
+    checkpoints, tmp_path, capsys
+):
+    given = {"model.base": str(tmp_path / "mine")}
+    artifacts.write_lines(tmp_path / "mine" / "model.safetensors", ["first"])
+    save(checkpoints(given), 3)
+    assert checkpoints(given).resumed_after == 3
+    artifacts.write_lines(tmp_path / "mine" / "model.safetensors", ["other"])
+    assert checkpoints(given).resume_from is None
+    assert f"content of {tmp_path / 'mine'} is " in capsys.readouterr().out
+
+
 def test_an_incomplete_checkpoint_is_not_resumed(checkpoints):
     older, incomplete = save(checkpoints(), 3), checkpoints().folder / "checkpoint-4"
     artifacts.write_json(incomplete / "trainer_state.json", {})  # killed before the marker
