@@ -62,10 +62,9 @@ def read_jsonl(path: Path) -> list[dict]:
                 if text := line.removeprefix(codecs.BOM_UTF8).strip():
                     rows.append(JSON_OBJECT.validate_json(text))
             except ValidationError as error:
-                reason = error.errors()[0]["msg"].removeprefix("Invalid JSON: ")
+                reason = error.errors()[0]["msg"].replace("line 1 column", "column")
                 raise ValueError(
-                    f"{path}, line {number}: not JSON Lines "
-                    f"({reason.replace('line 1 column', 'column')}); each line must hold one "
+                    f"{path}, line {number}: not JSON Lines ({reason}); each line must hold one "
                     "object, in UTF-8 and not compressed."
                 ) from None
     return rows

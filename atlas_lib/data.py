@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Messages = list[dict[str, str]]
-TURN_KEYS = ("role", "content")
 SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
@@ -33,13 +32,13 @@ def load_subset(config: Config) -> tuple["Dataset", "Dataset"]:
             f"data.n_samples {data.n_samples} + data.n_validation {data.n_validation} is more than "
             f"the {len(rows)} rows of {data.dataset}; lower one of them or add rows."
         )
-    order = Dataset.from_dict({"row": range(len(rows))}).shuffle(seed=data.shuffle_seed)["row"]
+    shuffled = Dataset.from_dict({"row": range(len(rows))}).shuffle(seed=data.shuffle_seed)
     chosen = []
-    for row in list(order)[:wanted]:
+    for row in shuffled[:wanted]["row"]:
         messages = rows[row].get("messages")
         if wrong := conversation_problem(messages):
             raise ValueError(f"{data.dataset}, row {row} (from 0): {wrong}; fix or drop that row.")
-        chosen.append([{key: turn[key] for key in turn if key in TURN_KEYS} for turn in messages])
+        chosen.append([{k: turn[k] for k in turn if k in ("role", "content")} for turn in messages])
     check_known_rows(chosen, known_rows(config))
     dataset = Dataset.from_list([{"messages": messages} for messages in chosen])
     return dataset.select(range(data.n_samples)), dataset.select(range(data.n_samples, wanted))
@@ -89,23 +88,17 @@ def conversation_problem(messages: Any) -> str | None:
     """What is wrong with one conversation in a few words, or None."""
     if not messages or not isinstance(messages, list):
         return "`messages` is empty or missing, or not a list"
-    previous = None
+    role, expected = None, "user"
     for turn, message in enumerate(messages):
         if not isinstance(message, dict):
             return f"turn {turn} is not an object with role and content"
         role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            return f"turn {turn} has the unknown role {role!r}"
+        if role != expected and (turn, role) != (0, "system"):
+            return f"turn {turn} has the role {role!r} instead of {expected!r}"
         if not isinstance(content, str):
             return f"turn {turn} has content that is not text ({type(content).__name__})"
-        if role == "system" and turn > 0:
-            return f"turn {turn} is a system turn after the first"
-        if role == previous:
-            return f"turns {turn - 1} and {turn} are both {role} turns"
-        if role == "assistant" and previous in (None, "system"):
-            return f"turn {turn} is an assistant turn without a user turn before it"
-        previous = role
-    return None if previous == "assistant" else "the last turn is not an assistant turn"
+        expected = "assistant" if role == "user" else "user"
+    return None if role == "assistant" else "the last turn is not an assistant turn"
 
 
 def write_subset(folder: Path, train: "Dataset", validation: "Dataset", config: Config) -> None:

@@ -52,10 +52,8 @@ def fetch(
 
 def contents(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """What identifies the local sources among configured `values`; a hub id has its revision."""
-    found: dict[str, Any] = {}
-    for name in filter(None, (values.get(key) for key in NAMED)):
-        found |= content(name, config)
-    return found
+    names = filter(None, map(values.get, NAMED))
+    return {key: value for name in names for key, value in content(name, config).items()}
 
 
 def content(name: str, config: Config) -> dict[str, Any]:

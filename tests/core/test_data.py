@@ -85,12 +85,23 @@ BAD = {
     "number": ({"messages": [{"role": "user", "content": 5}, ASSISTANT]}, "(int)"),
     "no content": ({"messages": [USER, {"role": "assistant"}]}, "(NoneType)"),
     "parts": ({"messages": [{"role": "user", "content": ["x"]}, ASSISTANT]}, "(list)"),
-    "two responses": ({"messages": [USER, ASSISTANT, ASSISTANT]}, "both assistant"),
-    "two questions": ({"messages": [USER, USER, ASSISTANT]}, "both user"),
-    "system later": ({"messages": [USER, ASSISTANT, SYSTEM, USER, ASSISTANT]}, "system turn after"),
+    "two responses": (
+        {"messages": [USER, ASSISTANT, ASSISTANT]},
+        "turn 2 has the role 'assistant' instead of 'user'",
+    ),
+    "two questions": ({"messages": [USER, USER, ASSISTANT]}, "instead of 'assistant'"),
+    "system later": (
+        {"messages": [USER, ASSISTANT, SYSTEM, USER, ASSISTANT]},
+        "turn 2 has the role 'system'",
+    ),
+    "two system turns": ({"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "turn 1 has the role"),
+    "system alone": ({"messages": [SYSTEM]}, "last turn"),
     "user last": ({"messages": [USER, ASSISTANT, USER]}, "last turn"),
-    "no user": ({"messages": [SYSTEM, ASSISTANT]}, "without a user turn"),
-    "assistant first": ({"messages": [ASSISTANT, USER, ASSISTANT]}, "without a user turn"),
+    "no user": ({"messages": [SYSTEM, ASSISTANT]}, "turn 1 has the role 'assistant'"),
+    "assistant first": (
+        {"messages": [ASSISTANT, USER, ASSISTANT]},
+        "turn 0 has the role 'assistant'",
+    ),
 }
 
 
