@@ -54,3 +54,18 @@ def test_another_model_and_a_local_jsonl(trained_tokenizer, tmp_path):
     assert summary["trainable_parameters"] == 3 * 16 * (2 * (48 + 48) + 2 * (48 + 16))
     adapter = json.loads((stage / "adapter" / "adapter_config.json").read_text("utf-8"))
     assert adapter["base_model_name_or_path"] == str(tmp_path / "models" / "mine")
+
+    for parameter in made.parameters():
+        parameter.data += 0.01
+    made.save_pretrained(tmp_path / "models" / "mine")
+    changed = f"content of {tmp_path / 'models' / 'mine'}"
+    earlier = ("01_data_prep", "02_template_audit")
+    forced = run_python(*(part for part in command if part not in earlier), "--force")
+    assert forced.returncode == 1
+    assert re.search(rf"^error: .*02_template_audit does not fit.*{changed}", forced.stderr, re.M)
+    again = run_python(*command, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    first, second, third = re.findall(r"^── \w+: (?!took)(.*)", again.stdout, flags=re.M)
+    assert first == "finished and unchanged, reused"
+    assert changed in second
+    assert third.startswith("not run yet")  # --force removed its manifest
