@@ -78,7 +78,9 @@ def made_from(stage: str, config: Config) -> dict[str, Any]:
         for key, value in config.flat().items()
         if key.startswith(begins) and key not in WITHOUT_EFFECT
     }
-    return json.loads(json.dumps(values | sources.contents(values, config)))
+    for name in filter(None, map(values.get, sources.NAMED)):
+        values |= sources.content(name, config)
+    return json.loads(json.dumps(values))
 
 
 def digest(made_from: Any) -> str:

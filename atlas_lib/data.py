@@ -1,5 +1,6 @@
 """The training subset: load, check and split it; write and read train.jsonl and val.jsonl."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,9 +60,10 @@ def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
     try:
         return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)
     except Exception as error:  # each of its loaders has exceptions of its own
-        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+        reason = textwrap.shorten(str(error.__cause__ or error), 200)
         raise ValueError(
-            f"{place} cannot be loaded as a dataset with the split {split!r} ({reason})."
+            f"{place}: datasets cannot load the split {split!r} ({reason}); training data is read "
+            "from the split data.split, prompts from 'train'."
         ) from None
 
 

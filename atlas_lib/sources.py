@@ -6,7 +6,6 @@
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,12 +47,6 @@ def fetch(
         raise FileNotFoundError(f"{name} does not exist; give an existing file or a hub id.")
     check_hub(name, revision, "dataset" if kind == "dataset" else "model")
     return name, revision
-
-
-def contents(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What identifies the local sources among configured `values`; a hub id has its revision."""
-    names = filter(None, map(values.get, NAMED))
-    return {key: value for name in names for key, value in content(name, config).items()}
 
 
 def content(name: str, config: Config) -> dict[str, Any]:
