@@ -56,7 +56,7 @@ def read_jsonl(path: Path) -> list[dict]:
         for number, line in enumerate(file, 1):
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
     return rows
 

@@ -70,7 +70,22 @@ def lm_eval_checkers() -> ModuleType:
     langdetect.DetectorFactory.seed = 0  # it samples, unseeded as shipped
     # It logs a whole response where langdetect finds no language (and counts that as followed).
     logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
+    registry = lm_eval.tasks.ifeval.utils.instructions_registry.INSTRUCTION_DICT
+    registry["detectable_format:json_format"] = _json_format(registry)
     return lm_eval.tasks.ifeval.utils
+
+
+def _json_format(registry: dict[str, type]) -> type:
+    """lm-eval's checker, for which a text with more brackets than Python reads is no JSON."""
+
+    class JsonFormat(registry["detectable_format:json_format"]):
+        def check_following(self, value: str) -> bool:
+            try:
+                return super().check_following(value)
+            except RecursionError:
+                return False
+
+    return JsonFormat
 
 
 def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
