@@ -70,8 +70,7 @@ def show_figure(figure: "Figure", alt: str, label: str = "") -> None:
 
     if label:
         figure.suptitle(label, fontsize=8, color="#555555")
-    for text in figure.findobj(plt.Text):
-        text.set_parse_math(False)  # a $ in a label or a name starts no formula
+    plt.setp(figure.findobj(plt.Text), parse_math=False)  # a $ in a name starts no formula
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)  # the inline backend would show it a second time, without the text
 

@@ -31,25 +31,18 @@ def _literal(text: str) -> str:
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Word = Annotated[Text, AfterValidator(_literal)]
-Words = Annotated[list[Word], Field(min_length=1)]
-Relation = Literal["less than", "at least"]
 # Types of the checkers' arguments, which their signatures lack; all others are counts.
+Count = Annotated[int, Field(strict=True, gt=0)]
 KINDS: dict[str, Any] = {
-    "capital_relation": Relation,
-    "end_phrase": Text,
-    "first_word": Text,
-    "forbidden_words": Words,
-    "keyword": Word,
-    "keywords": Words,
-    "language": Text,
-    "let_relation": Relation,
-    "letter": Annotated[str, Field(min_length=1, max_length=1)],
+    **dict.fromkeys(("keywords", "forbidden_words"), Annotated[list[Word], Field(min_length=1)]),
+    **dict.fromkeys(("keyword", "section_spliter"), Word),
+    **dict.fromkeys(("end_phrase", "first_word", "language", "prompt_to_repeat"), Text),
+    **dict.fromkeys(
+        ("relation", "let_relation", "capital_relation"), Literal["less than", "at least"]
+    ),
     "postscript_marker": Literal["P.S.", "P.P.S"] | Word,
-    "prompt_to_repeat": Text,
-    "relation": Relation,
-    "section_spliter": Word,
+    "letter": Annotated[str, Field(min_length=1, max_length=1)],
 }
-COUNT = Annotated[int, Field(strict=True, gt=0)]
 
 
 def load_prompts(name: str, revision: str | None = None, limit: int | None = None) -> list[dict]:
@@ -85,7 +78,7 @@ def _prompt_rows(name: str, revision: str | None) -> Iterable[dict]:
 
 def _scorable(row: dict, known: dict[str, type]) -> dict:
     """The prompt without kwargs that are None, with which the hub pads them. Raises."""
-    for problem in _problems(row, known):
+    for problem in _prompt_problems(row, known):
         raise ValueError(f"{problem}.")
     prompt = {name: row[name] for name in PROMPT_FIELDS}
     prompt["kwargs"] = [_given(kwargs) for kwargs in row["kwargs"]]
@@ -97,7 +90,7 @@ def _given(kwargs: dict | None) -> dict:
     return {name: value for name, value in (kwargs or {}).items() if value is not None}
 
 
-def _problems(row: Any, known: dict[str, type]) -> Iterator[str]:
+def _prompt_problems(row: Any, known: dict[str, type]) -> Iterator[str]:
     """What is wrong with a row; a check may rely on those before it."""
     if not isinstance(row, dict) or not row.keys() >= set(PROMPT_FIELDS):
         yield f"it needs {', '.join(PROMPT_FIELDS)}"
@@ -120,7 +113,7 @@ def _problems(row: Any, known: dict[str, type]) -> Iterator[str]:
 @functools.cache
 def _arguments(names: frozenset[str]) -> type[Section]:
     """The schema of a checker's arguments."""
-    kinds = {name: (KINDS.get(name, COUNT), ...) for name in names}
+    kinds = {name: (KINDS.get(name, Count), ...) for name in names}
     return create_model("Arguments", __base__=Section, **kinds)
 
 
@@ -155,7 +148,7 @@ def load_verdicts(path: Path) -> list[dict]:
     """Verdicts from a file, or a folder, that `score` wrote. Raises ValueError for other files."""
     path = path / VERDICTS_NAME if path.is_dir() else path
     rows = artifacts.read_jsonl(path)
-    found = [row for row in rows if isinstance(row, dict) and row.keys() >= VERDICT_FIELDS]
-    whole = found if len(found) == len(rows) else []
-    _check_keys(path, whole, "verdicts; write them with the command `score`")
-    return whole
+    if not all(isinstance(row, dict) and row.keys() >= VERDICT_FIELDS for row in rows):
+        rows = []
+    _check_keys(path, rows, "verdicts; write them with the command `score`")
+    return rows
