@@ -139,14 +139,11 @@ def _value_problems(sweep: Sweep, key: str) -> Iterator[str]:
             yield f"space.{key} is no fraction, which log_uniform draws; list its values."
         if not (len(values) == 2 and 0 < values[0] < values[1]):
             yield f"space.{key}: log_uniform needs two numbers, 0 < low < high."
-    for value in values:
-        if values.count(value) > 1:
-            yield f"space.{key} lists {value!r} twice; list each value once."
     stage, unlabelled = max(sweep.stages), {"label": ""}  # it is recorded, but changes no score
     configs = [_config(sweep, {key: value} | unlabelled) for value in values]
     digests = {artifacts.config_digest(config, stage) for config in configs}
     if len(digests) < len(values):
-        yield f"space.{key} does not affect the result of {stage}; leave it out."
+        yield f"space.{key}: some values give {stage} the same result; drop them, or the key."
 
 
 def _multiple_problems(sweep: Sweep, key: str, of: str) -> Iterator[str]:

@@ -68,10 +68,13 @@ ERRORS = {
     "empty space": ({"space": {}}, "space is {}"),
     "empty values": ({"space": {"lora.r": []}}, "space.lora.r must be a list"),
     "one value, no list": ({"space": {"lora.r": 4}}, "space.lora.r must be a list"),
-    "duplicates": ({"space": {"lora.r": [4, 8, 4]}}, "space.lora.r lists 4 twice"),
+    "duplicates": (
+        {"space": {"lora.r": [4, 8, 4]}},
+        "space.lora.r: some values give 03_sft_train the same result; drop them",
+    ),
     "duplicates in words": (
         {"space": {"train.learning_rate": [1e-3, "1e-3"]}},
-        "space.train.learning_rate lists 0.001 twice",
+        "space.train.learning_rate: some values give",
     ),
     "reversed bounds": (
         {"sampler": "tpe", "space": {"train.learning_rate": {"log_uniform": [1e-2, 1e-3]}}},
@@ -89,15 +92,15 @@ ERRORS = {
         {"sampler": "tpe", "space": {"lora.bias": {"log_uniform": ["all", "none"]}}},
         "space.lora.bias is no fraction",
     ),
-    "how to run": ({"space": {"run.eval_slots": [1, 2]}}, "run.eval_slots does not affect"),
-    "names": ({"space": {"label": ["a", "b"]}}, "space.label does not affect the result of 03"),
+    "how to run": ({"space": {"run.eval_slots": [1, 2]}}, "run.eval_slots: some values give"),
+    "names": ({"space": {"label": ["a", "b"]}}, "space.label: some values give 03"),
     "a service": (
         {"space": {"train.report_to": ["none", "wandb"]}},
-        "space.train.report_to does not affect",
+        "space.train.report_to: some values give",
     ),
     "a key of a later stage": (
         {"space": {"eval.max_new_tokens": [8, 16]}},
-        "eval.max_new_tokens does not affect the result of 03_sft_train",
+        "eval.max_new_tokens: some values give 03_sft_train the same result",
     ),
     "a range in a grid": (
         {"space": {"train.learning_rate": {"log_uniform": [1e-4, 1e-3]}}},
