@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAMP = "atlas"  # in the metadata of an output: digest, commit, platform, out, parameters
+CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 def start(
@@ -54,6 +55,11 @@ def headline() -> "DisplayHandle":
     return display(Markdown("*The result appears here at the end.*"), display_id=True)
 
 
+def printable(text: str) -> str:
+    """Text of a data set with its control characters, except tabs and line breaks, escaped."""
+    return text.translate(CONTROL)
+
+
 def show_figure(figure: "Figure", alt: str, label: str = "") -> None:
     """Display a figure once, `label` above it and `alt` as its alternative text.
 
@@ -64,6 +70,7 @@ def show_figure(figure: "Figure", alt: str, label: str = "") -> None:
 
     if label:
         figure.suptitle(label, fontsize=8, color="#555555")
+    plt.setp(figure.findobj(plt.Text), parse_math=False)  # a $ in a name starts no formula
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)  # the inline backend would show it a second time, without the text
 

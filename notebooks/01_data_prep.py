@@ -152,7 +152,7 @@ assert rows == {"train": config.data.n_samples, "validation": config.data.n_vali
 headline.update(
     Markdown(
         f"**{rows['train']:,} conversations for training, {rows['validation']:,} for validation, "
-        f"{len(repeated)} in both.** {config.label}"
+        f"{len(repeated)} in both.**"
     )
 )
 

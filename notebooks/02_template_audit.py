@@ -123,7 +123,8 @@ def as_html(ids: list[int], mask: list[int]) -> HTML:
     """The tokens as text, the supervised ones in bold on green."""
     style, parts = "background:#b7e4c7;color:#000", []
     for supervised, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        text = html.escape(tokenizer.decode([token for token, _ in run]))
+        text = tokenizer.decode([token for token, _ in run])
+        text = html.escape(notebooks.printable(text))
         parts.append(f'<b style="{style}">{text}</b>' if supervised else text)
     return HTML(f'<pre style="white-space:pre-wrap">{"".join(parts)}</pre>')
 
@@ -215,7 +216,7 @@ headline.update(
         f"**Template and reference agree on all {summary['n_tokens']:,} tokens of "
         f"{summary['rows'] - summary['rows_excluded']:,} conversations; "
         f"{summary['supervised_share']:.0%} of them are learned, "
-        f"{summary['rows_excluded']} rows are excluded.** {config.label}"
+        f"{summary['rows_excluded']} rows are excluded.**"
     )
 )
 

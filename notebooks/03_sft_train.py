@@ -357,8 +357,7 @@ hub.push_adapter(adapter, repo, config)
 headline.update(
     Markdown(
         f"**{result.global_step} steps over {compared:,} audited conversations take the loss from "
-        f"{first_loss:.3f} to {last_loss:.3f}; on validation rows it is {validation_loss:.3f}.** "
-        f"{config.label}"
+        f"{first_loss:.3f} to {last_loss:.3f}; on validation rows it is {validation_loss:.3f}.**"
     )
 )
 

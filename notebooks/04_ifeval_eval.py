@@ -102,7 +102,7 @@ for response in ('"Bread and tea."', '"Bread, tea."', 'Sure:\n"Bread and tea."')
 # %%
 prompts = grid.evaluation_prompts(config)
 print(f"{len(prompts)} prompts from {config.eval.prompts}")
-print(prompts[0]["instruction_id_list"], prompts[0]["prompt"], sep="\n")
+print(prompts[0]["instruction_id_list"], notebooks.printable(prompts[0]["prompt"]), sep="\n")
 
 # %% [markdown]
 # ## The decision rule
@@ -347,7 +347,7 @@ headline.update(
         f"**{primary['comparison']}: {primary['verdict']}.** Prompt-level strict accuracy "
         f"{scores[a]:.3f} to {scores[b]:.3f} on {len(prompts)} prompts, "
         f"{tables.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
-        f"p = {primary['p_adjusted']:.2g}. {config.label}"
+        f"p = {primary['p_adjusted']:.2g}."
     )
 )
 

@@ -260,7 +260,7 @@ headline.update(
     Markdown(
         f"**{analysis.label(best)} is first with {metric} {best['value']:.3f}, {tested}.** "
         f"{len(points)} points x {len(sweep['seeds'])} seeds, {exported['device_hours']:.2f} "
-        f"device hours, {len(evaluations)} test-set evaluation(s). {config.label}"
+        f"device hours, {len(evaluations)} test-set evaluation(s)."
     )
 )
 

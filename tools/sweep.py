@@ -70,7 +70,7 @@ def home_of(args: argparse.Namespace) -> Path:
 
 def open_study(args: argparse.Namespace) -> OpenStudy:
     home = home_of(args)
-    if not args.storage and not any((home / name).exists() for name in ("study.db", "journal.log")):
+    if not args.storage and not (home / "study.db").exists():
         raise ValueError(f"{home} has no study.db; start it with `run`, or give --storage.")
     return sweep_study.join(args.study, sweep_study.open_storage(args.storage, home), home)
 

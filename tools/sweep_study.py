@@ -73,10 +73,6 @@ def open_storage(url: str, home: Path) -> Storage:
         raise ValueError(
             f"--storage is {scheme!r}; give a postgresql:// URL, or nothing for a file."
         )
-    if (home / "journal.log").exists():
-        raise ValueError(
-            f"{home} is a sweep of an earlier version of Atlas; choose another --study or --home."
-        )
     address = f"postgresql+psycopg://{rest}" if url else f"sqlite:///{home / 'study.db'}"
     connect = {"options": KEEPALIVE} if url else {"timeout": 100}
     home.mkdir(parents=True, exist_ok=True)
@@ -89,9 +85,14 @@ def open_storage(url: str, home: Path) -> Storage:
                 grace_period=4 * HEARTBEAT,
                 heartbeat_stale_trial_callback=retry,
             )
-    except sqlalchemy.exc.OperationalError as error:
+    except sqlalchemy.exc.DatabaseError as error:
         reason = " ".join(str(error.orig).split())
-        raise ConnectionError(f"The storage does not answer ({reason}); check --storage.") from None
+    except ValueError:  # of SQLAlchemy, which quotes it
+        reason = "its port is not a number"
+    store, fix = ("The storage", "check --storage")
+    if not url:
+        store, fix = (home / "study.db", "restore it, or move it away to begin anew")
+    raise ConnectionError(f"{store} does not answer ({reason}); {fix}.")
 
 
 @contextlib.contextmanager

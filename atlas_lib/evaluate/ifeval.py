@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from atlas_lib import artifacts, sources
+from atlas_lib import artifacts, notebooks, sources
 from atlas_lib.evaluate import decoding, ifeval_files, significance, tables
 from atlas_lib.evaluate.checkers import MODES, ensure_punkt, followed
 
@@ -92,7 +92,7 @@ def _compare_command(args: argparse.Namespace) -> None:
     found["verdict"] = significance.verdict(found["net"], len(a), found["mcnemar_p"], **limits)
     if args.json:
         artifacts.write_json(args.json, found)
-    print(tables.comparison_text(found))
+    print(notebooks.printable(tables.comparison_text(found)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,4 +114,4 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        sys.exit("error: " + str(error).replace("\n", " "))
+        sys.exit("error: " + notebooks.printable(str(error).replace("\n", " ")))

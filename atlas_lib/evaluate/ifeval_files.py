@@ -1,16 +1,48 @@
 """Files of prompts, responses and verdicts, checked before anything is computed."""
 
 import difflib
+import functools
 import inspect
 import itertools
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints, create_model
 
 from atlas_lib import artifacts, data
+from atlas_lib.config import validate
 from atlas_lib.evaluate import checkers
+from atlas_lib.schema import Section
 
 VERDICTS_NAME = "verdicts.jsonl"
+PROMPT_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
+VERDICT_FIELDS = {"key", "instruction_id_list", "strict", "prompt_strict"}
+
+
+def _literal(text: str) -> str:
+    """The text, if it matches only itself as a regular expression."""
+    if re.search(r"[.^$*+?{}()\[\]|\\]", text):
+        raise ValueError("the checker reads it as a regular expression; give it without .^$*+?|()")
+    return text
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Word = Annotated[Text, AfterValidator(_literal)]
+# Types of the checkers' arguments, which their signatures lack; all others are counts.
+Count = Annotated[int, Field(strict=True, gt=0)]
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("keywords", "forbidden_words"), Annotated[list[Word], Field(min_length=1)]),
+    **dict.fromkeys(("keyword", "section_spliter"), Word),
+    **dict.fromkeys(("end_phrase", "first_word", "language", "prompt_to_repeat"), Text),
+    **dict.fromkeys(
+        ("relation", "let_relation", "capital_relation"), Literal["less than", "at least"]
+    ),
+    "postscript_marker": Literal["P.S.", "P.P.S"] | Word,
+    "letter": Annotated[str, Field(min_length=1, max_length=1)],
+}
 
 
 def load_prompts(name: str, revision: str | None = None, limit: int | None = None) -> list[dict]:
@@ -24,34 +56,61 @@ def load_prompts(name: str, revision: str | None = None, limit: int | None = Non
         try:
             prompts.append(_scorable(row, known))
         except Exception as error:  # a checker raises what it happens to meet
-            raise ValueError(
-                f"{name}, row {number}: IFEval's checkers cannot score this prompt "
-                f"({type(error).__name__}: {error})."
-            ) from None
-    repeated = [key for key, times in Counter(str(p["key"]) for p in prompts).items() if times > 1]
-    if repeated or not prompts:
-        problem = f"repeats the keys {repeated}" if prompts else "holds no prompts"
-        raise ValueError(f"{name} {problem}.")
+            key = f", key {row['key']!r}" if isinstance(row, dict) and "key" in row else ""
+            problem = str(error) if type(error) is ValueError else f"the checkers raise {error!r}."
+            raise ValueError(f"{name}, row {number}{key}: {problem}") from None
+    _check_keys(name, prompts, "prompts")
     return prompts
 
 
-def _scorable(row: dict, known: dict[str, Any]) -> dict:
+def _scorable(row: dict, known: dict[str, type]) -> dict:
     """The prompt without kwargs that are None, with which the hub pads them. Raises."""
-    kwargs = [{k: v for k, v in (given or {}).items() if v is not None} for given in row["kwargs"]]
-    prompt = {k: row[k] for k in ("key", "prompt", "instruction_id_list")} | {"kwargs": kwargs}
-    ids, text = row["instruction_id_list"], row["prompt"]
-    if not (text and isinstance(text, str) and ids and len(ids) == len(kwargs)):
-        raise ValueError("it needs a text, and instructions with as many kwargs")
-    for instruction, given in zip(ids, kwargs, strict=True):
-        if instruction not in known:
-            nearest = difflib.get_close_matches(str(instruction), known, cutoff=0.0)
-            raise ValueError(f"unknown instruction {instruction!r}; nearest: {', '.join(nearest)}")
-        parameters = inspect.signature(known[instruction].build_description).parameters
-        # A checker draws at random what it is not given, and takes 0 and "" for not given.
-        if (needed := {*parameters} - {"self"}) != {name for name, value in given.items() if value}:
-            raise ValueError(f"{instruction} needs {sorted(needed)}, none of them empty or 0")
+    for problem in _prompt_problems(row, known):
+        raise ValueError(f"{problem}.")
+    prompt = {name: row[name] for name in PROMPT_FIELDS}
+    prompt["kwargs"] = [_given(kwargs) for kwargs in row["kwargs"]]
     checkers.followed(prompt, ".")
     return prompt
+
+
+def _given(kwargs: dict | None) -> dict:
+    return {name: value for name, value in (kwargs or {}).items() if value is not None}
+
+
+def _prompt_problems(row: Any, known: dict[str, type]) -> Iterator[str]:
+    """What is wrong with a row; a check may rely on those before it."""
+    if not isinstance(row, dict) or not row.keys() >= set(PROMPT_FIELDS):
+        yield f"it needs {', '.join(PROMPT_FIELDS)}"
+    ids, text = row["instruction_id_list"], row["prompt"]
+    if not (text and isinstance(text, str) and ids and len(ids) == len(row["kwargs"])):
+        yield "it needs a text, and instructions with as many kwargs"
+    for instruction, kwargs in zip(ids, map(_given, row["kwargs"]), strict=True):
+        if instruction not in known:
+            nearest = difflib.get_close_matches(str(instruction), known, cutoff=0.0)
+            yield f"unknown instruction {instruction!r}; nearest: {', '.join(nearest)}"
+        names = inspect.signature(known[instruction].build_description).parameters.keys() - {"self"}
+        # A checker draws at random what it is not given, and takes 0 and "" for not given.
+        if names != kwargs.keys():
+            yield f"{instruction} needs {sorted(names)}, not {sorted(kwargs)}"
+        validate(_arguments(frozenset(names)), kwargs)
+        if kwargs.get("nth_paragraph", 0) > kwargs.get("num_paragraphs", 0):
+            yield "nth_paragraph is more than num_paragraphs"
+
+
+@functools.cache
+def _arguments(names: frozenset[str]) -> type[Section]:
+    """The schema of a checker's arguments."""
+    kinds = {name: (KINDS.get(name, Count), ...) for name in names}
+    return create_model("Arguments", __base__=Section, **kinds)
+
+
+def _check_keys(source: Any, rows: list[dict], what: str) -> None:
+    """Refuse a source without rows, or with two keys that are the same text."""
+    times = Counter(str(row["key"]) for row in rows)
+    repeated = [key for key in times if times[key] > 1]
+    if repeated or not rows:
+        problem = f"repeats the keys {repeated}" if rows else f"holds no {what}"
+        raise ValueError(f"{source} {problem}.")
 
 
 def load_responses(path: Path, prompts: list[dict]) -> list[str]:
@@ -61,11 +120,10 @@ def load_responses(path: Path, prompts: list[dict]) -> list[str]:
     """
     rows = artifacts.read_jsonl(path)
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False), start=1):
-        given = row if isinstance(row, dict) else {}
-        if given.get("prompt") != prompt["prompt"] or not isinstance(given.get("response"), str):
+        if row.get("prompt") != prompt["prompt"] or not isinstance(row.get("response"), str):
             raise ValueError(
                 f"{path}, row {number} has to hold the text of the prompt with key "
-                f"{prompt['key']} as 'prompt' and a text as 'response'."
+                f"{prompt['key']!r} as 'prompt' and a text as 'response'."
             )
     if len(rows) != len(prompts):
         raise ValueError(f"{path} has {len(rows)} rows for {len(prompts)} prompts.")
@@ -76,6 +134,7 @@ def load_verdicts(path: Path) -> list[dict]:
     """Verdicts from a file, or a folder, that `score` wrote. Raises ValueError for other files."""
     path = path / VERDICTS_NAME if path.is_dir() else path
     rows = artifacts.read_jsonl(path)
-    if not rows or not all(isinstance(row, dict) and "prompt_strict" in row for row in rows):
-        raise ValueError(f"{path} holds no verdicts; write them with the command `score`.")
+    if not all(row.keys() >= VERDICT_FIELDS for row in rows):
+        rows = []
+    _check_keys(path, rows, "verdicts; write them with the command `score`")
     return rows

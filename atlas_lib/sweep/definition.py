@@ -5,14 +5,14 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from atlas_lib import sources
+from atlas_lib import artifacts, sources
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.config import load_config, parse_yaml, validate
-from atlas_lib.schema import Section
+from atlas_lib.schema import Config, Section
 from atlas_lib.stages import STAGES
 
 SWEEPS = CONFIGS / "sweeps"
@@ -62,7 +62,7 @@ class Sweep(Section):
     space: dict[str, Any] = Field(min_length=1)
     multiples: dict[str, Multiple] = Field(default={})
     sampler: Literal["grid", "tpe"]
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=1)  # NumPy's range
     budget: Budget = Budget()
     objective: Objective
     stages: list[str] = Field(min_length=1)
@@ -134,11 +134,16 @@ def _shape_problems(sweep: Sweep, key: str) -> Iterator[str]:
 
 def _value_problems(sweep: Sweep, key: str) -> Iterator[str]:
     values = _values(sweep, key)
-    if isinstance(sweep.space[key], dict) and not (len(values) == 2 and 0 < values[0] < values[1]):
-        yield f"space.{key}: log_uniform needs two numbers, 0 < low < high."
-    for value in values:
-        if values.count(value) > 1:
-            yield f"space.{key} lists {value!r} twice; list each value once."
+    if isinstance(sweep.space[key], dict):
+        if not all(isinstance(value, float) for value in values):
+            yield f"space.{key} is no fraction, which log_uniform draws; list its values."
+        if not (len(values) == 2 and 0 < values[0] < values[1]):
+            yield f"space.{key}: log_uniform needs two numbers, 0 < low < high."
+    stage, unlabelled = max(sweep.stages), {"label": ""}  # it is recorded, but changes no score
+    configs = [_config(sweep, {key: value} | unlabelled) for value in values]
+    digests = {artifacts.config_digest(config, stage) for config in configs}
+    if len(digests) < len(values):
+        yield f"space.{key}: some values give {stage} the same result; drop them, or the key."
 
 
 def _multiple_problems(sweep: Sweep, key: str, of: str) -> Iterator[str]:
@@ -147,7 +152,7 @@ def _multiple_problems(sweep: Sweep, key: str, of: str) -> Iterator[str]:
     for value in _values(sweep, of):
         if not isinstance(value, int | float):
             yield f"multiples.{key} follows {of}, which is not a number."
-        _resolved(sweep, point(sweep, {of: value}))
+        _config(sweep, point(sweep, {of: value}))
 
 
 def _other_problems(sweep: Sweep) -> Iterator[str]:
@@ -159,7 +164,7 @@ def _other_problems(sweep: Sweep) -> Iterator[str]:
         yield "budget.trials is not set; a tpe sweep needs a number of trials."
     if sweep.prompts.endswith(".jsonl") and not sources.locate(sweep.prompts):
         yield f"prompts is {sweep.prompts!r}, which does not exist; give a .jsonl file."
-    if sweep.prompts == _resolved(sweep, {})["eval.prompts"]:
+    if sweep.prompts == _config(sweep, {}).eval.prompts:
         yield f"prompts is {sweep.prompts!r}, the test prompts themselves; use dev prompts."
 
 
@@ -169,16 +174,16 @@ def _values(sweep: Sweep, key: str) -> Any:
     return choices.get("log_uniform") if isinstance(choices, dict) else choices
 
 
-def _resolved(sweep: Sweep, above: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as {dotted key: value}. Raises ValueError: unknown key or wrong type."""
-    return load_config(sweep.config, sweep.overlay, sweep.set | above).flat()
+def _config(sweep: Sweep, above: dict[str, Any]) -> Config:
+    """The configuration with overrides. Raises ValueError: unknown key or wrong type."""
+    return load_config(sweep.config, sweep.overlay, sweep.set | above)
 
 
 def _coerced(sweep: Sweep) -> Sweep:
     """The sweep with the values of its space converted to the types of the configuration."""
     space = {}
     for key, choices in sweep.space.items():
-        values = [_resolved(sweep, {key: value})[key] for value in _values(sweep, key)]
+        values = [_config(sweep, {key: value}).flat()[key] for value in _values(sweep, key)]
         space[key] = {"log_uniform": values} if isinstance(choices, dict) else values
     return sweep.model_copy(update={"space": space})
 

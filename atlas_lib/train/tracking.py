@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from atlas_lib import artifacts, session
@@ -48,10 +49,11 @@ def _accepted(key: str) -> bool:
     if os.environ.get("WANDB_MODE") == "offline":
         return True
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    environment = os.environ | {"WANDB_API_KEY": key}
-    try:
-        check = [sys.executable, "-c", KEY_CHECK]
-        done = subprocess.run(check, env=environment, timeout=KEY_CHECK_SECONDS, **quiet)
-    except subprocess.TimeoutExpired:
-        return False
+    check = [sys.executable, "-c", KEY_CHECK]
+    with tempfile.TemporaryDirectory() as scratch:  # wandb's own folders stay after os._exit
+        environment = os.environ | {"WANDB_API_KEY": key, "TMPDIR": scratch}
+        try:
+            done = subprocess.run(check, env=environment, timeout=KEY_CHECK_SECONDS, **quiet)
+        except subprocess.TimeoutExpired:
+            return False
     return done.returncode == 0

@@ -152,6 +152,7 @@ def test_a_typo_names_the_nearest_key(typo, nearest):
         ("eval.limit", 0, "greater than 0"),
         ("train.learning_rate", "fast", "number"),
         ("train.learning_rate", float("nan"), "number"),
+        *((key, value, "") for key in BELOW_ONE for value in (-1, float("nan"), 3.69, True)),
         ("train.packing", "maybe", "boolean"),
         ("train.lr_scheduler_kwargs", 5, "dictionary"),  # without the name of a union's member
         ("train.save_strategy", False, "not be true or false"),  # what YAML makes of a bare `no`

@@ -8,15 +8,19 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
 import pytest
 from checks import ROOT, run_python
+from IPython.display import HTML
 from nbclient import NotebookClient
 from tiny import TINY
 
-from atlas_lib import notebooks, session, stages
+from atlas_lib import artifacts, data, notebooks, session, stages
+from atlas_lib.config import load_config
+from atlas_lib.evaluate import grid
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 NAMES = [path.stem for path in SOURCES]
@@ -170,6 +174,67 @@ def test_a_figure_is_shown_once_with_its_text_and_label():
     [shown, title] = notebook.cells[0].outputs
     assert shown.metadata["image/png"] == {"alt": "a line that rises"}
     assert title.data["text/plain"] == "'not a result'"
+
+
+DOLLARS = """
+import matplotlib.pyplot as plt
+from atlas_lib import notebooks
+figure, axes = plt.subplots(layout="constrained")
+axes.bar([r"$\\foo$"], [1])
+axes.set_title(r"$\\foo$ rises")
+notebooks.show_figure(figure, "a bar", r"$\\foo$")
+"""
+
+
+def test_a_dollar_in_a_name_starts_no_formula():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(DOLLARS)])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    [shown] = notebook.cells[0].outputs
+    assert shown.metadata["image/png"] == {"alt": "a bar"}
+
+
+def test_control_characters_of_data_are_shown_escaped():
+    text = "\x1b]0;title\x07 Tee\r\n\t\x9b31m für 茶 \x00\x7f"
+    shown = r"\x1b]0;title\x07 Tee\r" + "\n\t" + r"\x9b31m für 茶 \x00\x7f"
+    assert notebooks.printable(text) == shown
+
+
+ESCAPE = "\x1b]0;title\x07"
+
+
+def run_cell(name: str, words: str, **names) -> dict:
+    """The names after the one cell of a notebook that has these words is executed."""
+    cells = cells_of(ROOT / "notebooks" / f"{name}.py", "code")
+    [source] = [cell.source for cell in cells if words in cell.source]
+    exec(source, names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("01_data_prep", "load_subset("), ("04_ifeval_eval", "evaluation_prompts(")]
+)
+def test_no_control_character_of_data_reaches_the_terminal(name, words, tmp_path, capsys):
+    turns = [{"role": role, "content": ESCAPE} for role in ("user", "assistant")]
+    artifacts.write_jsonl(tmp_path / "data.jsonl", [{"messages": turns}] * 2)
+    row = {"key": 1, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    artifacts.write_jsonl(tmp_path / "prompts.jsonl", [row | {"prompt": ESCAPE}])
+    given = {"data.n_samples": 1, "data.n_validation": 1, "eval.prompts_revision": None}
+    given |= {"data.dataset": f"{tmp_path}/data.jsonl", "eval.prompts": f"{tmp_path}/prompts.jsonl"}
+    config = load_config("sft_qwen05b", "offline", given)
+    run_cell(name, words, config=config, data=data, grid=grid, notebooks=notebooks)
+    shown = capsys.readouterr().out
+    assert repr(ESCAPE)[1:-1] in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+
+
+def test_a_conversation_in_colour_has_no_control_characters():
+    tokenizer = SimpleNamespace(decode="".join)
+    names = {"tokenizer": tokenizer, "notebooks": notebooks, "HTML": HTML}
+    as_html = run_cell("02_template_audit", "def as_html", **names)
+    shown = as_html["as_html"]([*ESCAPE, "\n", "<"], [0, 0, 1, 1, *[0] * (len(ESCAPE) - 2)])
+    assert repr(ESCAPE)[1:-1] in re.sub("<[^>]*>", "", shown.data)
+    assert "\n" in shown.data
+    assert "&lt;" in shown.data
 
 
 WITHOUT_TRAINER = """

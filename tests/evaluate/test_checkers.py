@@ -55,6 +55,12 @@ def test_loose_forgives_asterisks_and_a_first_line(response):
     assert (found["prompt_strict"], found["prompt_loose"]) == (False, True)
 
 
+def test_brackets_nested_too_deep_are_no_json():
+    asked = prompt(ids=["detectable_format:json_format"])
+    verdicts = ifeval.score([asked] * 2, ["[" * 100_000, "[" * 9 + "]" * 9])
+    assert [verdict["prompt_strict"] for verdict in verdicts] == [False, True]
+
+
 # --- determinism
 
 # '#' is no letter: lm-eval draws one. The short mixed texts make langdetect's sampling waver.

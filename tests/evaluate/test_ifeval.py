@@ -137,35 +137,74 @@ BAD_PROMPTS = {
     "no rows": ([], "prompts.jsonl holds no prompts"),
     "broken JSON": ([prompt(), b'{"key": 2'], "line 2: not JSON"),
     "no UTF-8": ([prompt(), b'{"key": "\xff"}'], "line 2: not JSON"),
+    "nested too deep": (
+        [prompt(), b"[" * 100_000 + b"]" * 100_000],
+        "line 2: not JSON .*recursion",
+    ),
     "not an object": ([[]], "line 1: not JSON Lines"),
-    "no prompt": ([prompt() | {"prompt": None}], "row 1: .* it needs a text"),
-    "prompt of words": ([prompt() | {"prompt": ["Tea"]}], "row 1: .* it needs a text"),
-    "empty prompt": ([prompt(), prompt(9, text="")], "row 2: .* it needs a text"),
-    "no instruction": ([prompt(9, [], [])], "row 1: .* instructions with"),
+    "no key": ([{k: v for k, v in prompt().items() if k != "key"}], "row 1: it needs key, prompt"),
+    "no prompt": ([prompt() | {"prompt": None}], "row 1, key 1: it needs a text"),
+    "prompt of words": ([prompt() | {"prompt": ["Tea"]}], "row 1, key 1: it needs a text"),
+    "empty prompt": ([prompt(), prompt(9, text="")], "row 2, key 9: it needs a text"),
+    "no instruction": ([prompt(9, [], [])], "row 1, key 9: .* instructions with"),
     "unknown id": (
         [prompt(9, ["punctuation:no_coma"])],
-        "row 1: .*unknown instruction 'punc.*:no_coma'",
+        "row 1, key 9: unknown instruction 'punc.*:no_coma'",
     ),
-    "too few kwargs": ([prompt(9, kwargs=[])], "row 1: .* instructions with as many kwargs"),
-    "too many kwargs": ([prompt(9, kwargs=[{}, {}])], "row 1: .* with as many kwargs"),
-    "kwargs name": ([prompt(9, WORDS, [{"words": 3}])], "row 1: .* needs .'num_words', 'relation'"),
-    "kwargs missing": ([prompt(9, WORDS, [{"num_words": 3}])], "row 1: .* needs .'num_words', 're"),
-    "kwargs of 0": (
-        [prompt(9, WORDS, [{"num_words": 0, "relation": "at least"}])],
-        "row 1: .* none of them empty or 0",
-    ),
-    "kwargs type": (
-        [prompt(9, WORDS, [{"num_words": "3", "relation": "at least"}])],
-        "row 1: .*TypeError",
-    ),
-    "kwargs regex": (
-        [prompt(9, ["keywords:existence"], [{"keywords": ["("]}])],
-        "row 1: .*error: missing ",
-    ),
-    "kwargs language": ([prompt(9, LANGUAGE, [{"language": "xx"}])], "row 1: .*KeyError: 'xx'"),
-    "kwargs shape": ([prompt(9, kwargs=["x"])], "row 1: .*AttributeError"),
+    "too few kwargs": ([prompt(9, kwargs=[])], "row 1, key 9: .* instructions with as many kwargs"),
+    "too many kwargs": ([prompt(9, kwargs=[{}, {}])], "row 1, key 9: .* with as many kwargs"),
+    "kwargs name": ([prompt(9, WORDS, [{"words": 3}])], "row 1, .* needs .'num_words', 'relation'"),
+    "kwargs missing": ([prompt(9, WORDS, [{"num_words": 3}])], "row 1, .* needs .'num_words', 're"),
+    "kwargs language": ([prompt(9, LANGUAGE, [{"language": "xx"}])], r"row 1, .*KeyError\('xx'\)"),
+    "kwargs shape": ([prompt(9, kwargs=["x"])], "row 1, key 9: .*AttributeError"),
+    "control characters": ([prompt("\x1b]0;x\x07", text="")], r"row 1, key '\\x1b]0;x\\x07': it"),
     "same key twice": ([prompt(3), prompt(3)], r"prompts.jsonl repeats the keys \['3'\]"),
+    "a number and its text": ([prompt(0), prompt("0")], r"prompts.jsonl repeats the keys \['0'\]"),
 }
+EXISTENCE, FREQUENCY, SECTIONS = (
+    {"keywords": ["tea"]},
+    {"keyword": "tea", "frequency": 2, "relation": "at least"},
+    {"num_sections": 2, "section_spliter": "Part"},
+)
+PARAGRAPH = {"num_paragraphs": 3, "nth_paragraph": 2, "first_word": "Tea"}
+AT_LEAST_3 = {"num_words": 3, "relation": "at least"}
+HANGS = "(a+)+$"
+BAD_ARGUMENTS = {  # instruction, what its checker takes, what the file holds instead
+    "letters of a word": ("keywords:existence", EXISTENCE, {"keywords": "abc"}),
+    "no keyword": ("keywords:existence", EXISTENCE, {"keywords": []}),
+    "a number among words": ("keywords:existence", EXISTENCE, {"keywords": ["tea", 3]}),
+    "a keyword that hangs": ("keywords:existence", EXISTENCE, {"keywords": [HANGS]}),
+    "no regular expression": ("keywords:existence", EXISTENCE, {"keywords": ["("]}),
+    "a keyword of any letters": ("keywords:frequency", FREQUENCY, {"keyword": "e.g"}),
+    "a blank keyword": ("keywords:frequency", FREQUENCY, {"keyword": " "}),
+    "another relation": ("keywords:frequency", FREQUENCY, {"relation": "at most"}),
+    "forbidden, that hangs": (
+        "keywords:forbidden_words", {"forbidden_words": ["tea"]}, {"forbidden_words": [HANGS]},
+    ),
+    "a section that hangs": (
+        "detectable_format:multiple_sections", SECTIONS, {"section_spliter": HANGS},
+    ),
+    "a postscript that hangs": (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S."},
+        {"postscript_marker": HANGS},
+    ),
+    "a negative count": (*WORDS, AT_LEAST_3, {"num_words": -5}),
+    "a count of 0": (*WORDS, AT_LEAST_3, {"num_words": 0}),
+    "true": (*WORDS, AT_LEAST_3, {"num_words": True}),
+    "a fraction": (*WORDS, AT_LEAST_3, {"num_words": 2.5}),
+    "digits": (*WORDS, AT_LEAST_3, {"num_words": "3"}),
+    "two letters": (
+        "keywords:letter_frequency",
+        {"letter": "e", "let_frequency": 2, "let_relation": "at least"},
+        {"letter": "ee"},
+    ),
+    "beyond the end": (
+        "length_constraints:nth_paragraph_first_word", PARAGRAPH, {"nth_paragraph": 4},
+    ),
+    "an empty phrase": ("startend:end_checker", {"end_phrase": "Bye."}, {"end_phrase": " "}),
+    "a phrase of words": ("startend:end_checker", {"end_phrase": "Bye."}, {"end_phrase": ["Bye"]}),
+}  # fmt: skip
 OTHER = {"prompt": "Name cup 1.", "response": "Cup."}
 BAD_RESPONSES = {
     "empty": ([], "has 0 rows for 5 prompts"),
@@ -180,11 +219,22 @@ BAD_RESPONSES = {
     "no prompt": ([*GIVEN[:4], {"response": "Tea."}], "row 5 has to hold"),
     "not an object": ([*GIVEN[:4], []], "line 5: not JSON Lines"),
     "broken JSON": ([*GIVEN[:2], b'{"prompt": "Na', *GIVEN[3:]], "line 3: not JSON"),
+    "nested too deep": ([*GIVEN[:4], b"[" * 100_000], "line 5: not JSON .*recursion"),
 }
 REFUSED = {f"prompts: {name}": (rows, GIVEN, error) for name, (rows, error) in BAD_PROMPTS.items()}
 REFUSED |= {
     f"responses: {name}": (ASKED, rows, error) for name, (rows, error) in BAD_RESPONSES.items()
 }
+
+
+@pytest.mark.parametrize(("instruction", "good", "bad"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_a_bad_argument_is_named_with_row_and_key(tmp_path, instruction, good, bad):
+    taken, refused = prompt(4, [instruction], [good]), prompt(7, [instruction], [good | bad])
+    assert ifeval_files.load_prompts(write(tmp_path, taken)) == [taken]
+    message = refusal(ifeval_files.load_prompts, write(tmp_path, taken, refused))
+    assert message.startswith(f"{tmp_path}/prompts.jsonl, row 2, key 7: ")
+    [argument] = bad
+    assert re.search(rf"\b{argument}\b", message), message
 
 
 @pytest.mark.parametrize(("asked", "given", "error"), REFUSED.values(), ids=REFUSED)
@@ -241,6 +291,11 @@ BAD_VERDICTS = {
     "fewer": (GOOD[:3], "not of the same prompts"),
     "responses": (GIVEN, "bad.jsonl holds no verdicts"),
     "not an object": (["text"], "bad.jsonl, line 1: not JSON Lines"),
+    "half a verdict": ([{"key": 1, "prompt_strict": True}], "bad.jsonl holds no verdicts"),
+    "a number and its text": (
+        [*GOOD[:4], verdict("3", True)],
+        r"bad.jsonl repeats the keys \['3'\]",
+    ),
     "broken JSON": ([*GOOD[:2], b"{"], "bad.jsonl, line 3: not JSON"),
     "empty": ([], "bad.jsonl holds no verdicts"),
 }
@@ -256,6 +311,27 @@ def test_bad_verdicts_are_one_sentence(tmp_path, capsys, rows, error, bad_side):
     assert (code, shown, message.count("\n")) == (1, "", 0)
     assert re.search(error, message)
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("notes.txt", b"tea"), ("a.json", b"{torn"), ("a.csv", b"a,b\n1\n2,3,4\n"), ("a.bin", b"\0")],
+)
+def test_a_folder_of_other_files_is_one_sentence(tmp_path, capsys, file, content):
+    (folder := tmp_path / "folder").mkdir()
+    (folder / file).write_bytes(content)
+    responses = write(tmp_path, *GIVEN, name="r.jsonl")
+    code, _, message = command(capsys, "score", "--prompts", folder, "--responses", responses)
+    assert (code, message.count("\n")) == (1, 0)
+    assert message.startswith(f"error: {folder}"), message
+
+
+def test_control_characters_of_verdicts_reach_no_terminal(tmp_path, capsys):
+    rows = [verdict("\x1b[31m", True, names=["\x1b]0;title\x07"])]
+    a, b = (write(tmp_path, *rows, name=f"{side}.jsonl") for side in "ab")
+    code, shown, _ = command(capsys, "compare", a, b)
+    assert (code, "\x1b" in shown) == (0, False)
+    assert r"\x1b]0;title\x07" in shown
 
 
 def test_compare_command_refuses_what_is_not_there(tmp_path, capsys):

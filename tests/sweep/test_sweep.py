@@ -12,6 +12,7 @@ import jupytext
 import optuna
 import pytest
 import yaml
+from checks import refusal
 from optuna.trial import TrialState
 from sweep_studies import (
     TRIVIAL,
@@ -67,14 +68,39 @@ ERRORS = {
     "empty space": ({"space": {}}, "space is {}"),
     "empty values": ({"space": {"lora.r": []}}, "space.lora.r must be a list"),
     "one value, no list": ({"space": {"lora.r": 4}}, "space.lora.r must be a list"),
-    "duplicates": ({"space": {"lora.r": [4, 8, 4]}}, "space.lora.r lists 4 twice"),
+    "duplicates": (
+        {"space": {"lora.r": [4, 8, 4]}},
+        "space.lora.r: some values give 03_sft_train the same result; drop them",
+    ),
     "duplicates in words": (
         {"space": {"train.learning_rate": [1e-3, "1e-3"]}},
-        "space.train.learning_rate lists 0.001 twice",
+        "space.train.learning_rate: some values give",
     ),
     "reversed bounds": (
         {"sampler": "tpe", "space": {"train.learning_rate": {"log_uniform": [1e-2, 1e-3]}}},
         "0 < low < high",
+    ),
+    "three bounds": (
+        {"sampler": "tpe", "space": {"train.learning_rate": {"log_uniform": [1e-4, 1e-3, 1e-2]}}},
+        "log_uniform needs two numbers",
+    ),
+    "a range of whole numbers": (
+        {"sampler": "tpe", "space": {"lora.r": {"log_uniform": [4, 64]}}},
+        "space.lora.r is no fraction, which log_uniform draws; list its values",
+    ),
+    "a range of words": (
+        {"sampler": "tpe", "space": {"lora.bias": {"log_uniform": ["all", "none"]}}},
+        "space.lora.bias is no fraction",
+    ),
+    "how to run": ({"space": {"run.eval_slots": [1, 2]}}, "run.eval_slots: some values give"),
+    "names": ({"space": {"label": ["a", "b"]}}, "space.label: some values give 03"),
+    "a service": (
+        {"space": {"train.report_to": ["none", "wandb"]}},
+        "space.train.report_to: some values give",
+    ),
+    "a key of a later stage": (
+        {"space": {"eval.max_new_tokens": [8, 16]}},
+        "eval.max_new_tokens: some values give 03_sft_train the same result",
     ),
     "a range in a grid": (
         {"space": {"train.learning_rate": {"log_uniform": [1e-4, 1e-3]}}},
@@ -101,6 +127,8 @@ ERRORS = {
     "endless": ({"sampler": "tpe"}, "budget.trials is not set"),
     "unknown stage": ({"stages": ["05_dpo"]}, "stages has '05_dpo'"),
     "no seeds": ({"seeds": []}, "seeds is []"),
+    "a negative seed": ({"seeds": [-1]}, "seeds.0 is -1 (int); it should be greater than or"),
+    "a seed of 40 bits": ({"seeds": [1, 2**40]}, "seeds.1 is 1099511627776 (int); it should be"),
     "a seed twice": ({"seeds": [1, 1]}, "seeds lists a seed twice"),
     "the seed as a parameter": ({"space": {"train.seed": [1]}}, "train.seed is set by the sweep"),
     "publishing": ({"set": {"output.hub_repo": "me/x"}}, "output.hub_repo is set by the sweep"),
@@ -401,15 +429,6 @@ def test_a_sweep_that_was_edited_is_not_mixed_with_its_old_study(tmp_path):
     assert larger.study.user_attrs["sweep"]["budget"]["hours"] == 2
 
 
-def test_a_sweep_of_an_earlier_version_is_refused(tmp_path):
-    (tmp_path / "journal.log").touch()
-    process = command("status", "--study", "old", "--home", tmp_path)
-    output = finished(process)
-    assert process.returncode == 1
-    assert output.startswith(f"error: {tmp_path} is a sweep of an earlier version of Atlas")
-    assert output.count("\n") == 1
-
-
 def test_a_study_of_an_earlier_version_is_refused(tmp_path):
     storage = sweep_study.open_storage("", tmp_path)
     old = optuna.create_study(study_name="old", storage=storage)
@@ -441,6 +460,33 @@ def test_a_study_that_is_not_there_is_one_sentence(tmp_path):
 def test_another_storage_is_refused(url, tmp_path):
     with pytest.raises(ValueError, match="postgresql:// URL"):
         sweep_study.open_storage(url, tmp_path)
+
+
+STORES = {
+    "host:port/atlas": "The storage does not answer (its port is not a number); check --storage.",
+    "localhost/atlas?foo=bar": 'The storage does not answer (invalid connection option "foo")',
+    "": "study.db does not answer (file is not a database); restore it, or move it away",
+}
+
+
+@pytest.mark.parametrize(("address", "words"), STORES.items())
+def test_a_storage_that_cannot_be_opened_is_one_sentence(address, words, tmp_path):
+    (tmp_path / "study.db").write_bytes(b"damaged" * 1000)
+    url = address and f"postgresql://me:canary@{address}"
+    message = refusal(sweep_study.open_storage, url, tmp_path, kind=ConnectionError)
+    assert words in message
+    assert "canary" not in message
+
+
+def test_a_study_that_is_damaged_inside_is_one_sentence(tmp_path):
+    Study(tmp_path / "home")
+    path = tmp_path / "home" / "study.db"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"damaged!" * (len(whole) // 8 - 512))
+    process = command("status", "--study", "trivial", "--home", tmp_path / "home")
+    output = finished(process)
+    assert (process.returncode, output.count("\n")) == (1, 1), output
+    assert output.startswith(f"error: {path} does not answer (database disk image is malformed)")
 
 
 def test_status_lists_values_and_errors(tmp_path):

@@ -68,6 +68,12 @@ def test_it_is_on_with_a_key_that_is_never_shown(report_to, tmp_path):
     assert not (tmp_path / ".netrc").exists()
 
 
+def test_the_check_of_a_key_leaves_nothing_behind(report_to, tmp_path):
+    (scratch := tmp_path / "scratch").mkdir()
+    assert report_to(WANDB_API_KEY=KEY, TMPDIR=str(scratch))[0] == "wandb"
+    assert not list(scratch.iterdir())
+
+
 NO_CONNECTION = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": UNREACHABLE}
 OFF = {
     "no key": ({"WANDB_API_KEY": ""}, "no WANDB_API_KEY"),
