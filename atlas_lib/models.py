@@ -19,7 +19,7 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """The tokenizer with the config's chat template and pad token. Raises ValueError."""
     tokenizer = _tokenizer_of(config.model.tokenizer, config.model.tokenizer_revision, config)
     if config.model.chat_template:
-        tokenizer.chat_template = template.shipped_template(config.model.chat_template)
+        tokenizer.chat_template = template.read_template(config.model.chat_template)
     if config.model.pad_token:
         tokenizer.pad_token = config.model.pad_token
     stop_ids(tokenizer)

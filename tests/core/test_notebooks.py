@@ -174,7 +174,7 @@ def test_a_figure_is_shown_once_with_its_text_and_label():
 
 WITHOUT_TRAINER = """
 import sys, pathlib
-from atlas_lib import audit
+from atlas_lib.loss_mask import audit
 from atlas_lib.config import load_config
 audit.run_audit(load_config("sft_qwen05b", "offline", {tiny}), pathlib.Path(sys.argv[1]))
 assert not {{"trl", "peft", "bitsandbytes"}} & set(sys.modules), set(sys.modules)
