@@ -41,10 +41,10 @@ class Sentinels:
         self.template = template
         self._skeletons: dict[str, str | None] = {}
 
-    def judge(self, row: Row, tools: list[dict] | None = None) -> Opinion | None:
+    def judge(self, row: Row) -> Opinion | None:
         """Spans of the responses that `row` trains; None if this method cannot tell."""
         marked, texts = mark(row.chat)
-        skeleton = self._skeleton(marked, tools)
+        skeleton = self._skeleton(marked, row.tools)
         if skeleton is None:
             return None
         present = [int(number) for number in SENTINEL.findall(skeleton)]

@@ -48,6 +48,7 @@ class Row(NamedTuple):
     chat: Chat
     text: str
     spans: dict[int, Span]
+    tools: list[dict] | None = None
 
 
 class ChatTemplate:
@@ -141,12 +142,11 @@ class ChatTemplate:
             status = "exact" if text.startswith(prompt + emission) else "history"
         return Turn(message, prompt, answered, emission, status)
 
-    def rows(self, chat: Chat, turns: Sequence[Turn] | None = None) -> list[Row]:
+    def rows(self, chat: Chat, turns: Sequence[Turn], tools: list[dict] | None = None) -> list[Row]:
         """One row of the whole chat if all turns are exact, else one row per turn.
 
         Raises ValueError that names a turn for which no row shows what inference shows.
         """
-        turns = self.turns(chat) if turns is None else turns
         for turn in turns:
             if turn.status not in ONE_ROW_PER_TURN:
                 raise ValueError(f"message {turn.message}: {STATUS[turn.status]}")
@@ -157,6 +157,7 @@ class ChatTemplate:
                 chat[: turn.message + 1],
                 turn.answered,
                 spans if whole else {turn.message: spans[turn.message]},
+                tools,
             )
             for turn in (turns[-1:] if whole else turns)
         ]
