@@ -1,10 +1,6 @@
-"""The audit of every row: which tokens the loss will see, written down before a weight is loaded.
-
-python -m atlas_lib.audit sft_qwen05b --overlay offline     # notebook 02 without the notebook
-"""
+"""The audit of every row: which tokens the loss will see, recorded before weights are loaded."""
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,8 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from atlas_lib import artifacts, data, models, session, stages, template
-from atlas_lib.config import load_config, parse_assignments, parse_command
+from atlas_lib import artifacts, data, models, stages, template
 from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, Text
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
@@ -61,7 +56,7 @@ class Auditor:
         self.trl_template = template.trl_training_template(chat_template.text)
         self.sentinels = Sentinels(chat_template)
         self.limit = config.train.max_length or sys.maxsize  # None: TRL truncates nothing
-        self.special = re.compile("|".join(map(re.escape, special)))
+        self.special = chat_template.special
         self.special_ids = set(tokenizer.convert_tokens_to_ids(special))
         self.known_lengths = {row["idx"]: row["n_tokens"] for row in data.known_rows(config)}
         self.decode = cache(tokenizer.decode)
@@ -75,7 +70,7 @@ class Auditor:
         """
         numbered = enumerate(conversations)
         while batch := list(islice(numbered, 64)):
-            yield from self._batch([(idx, *_with_tools(given)) for idx, given in batch])
+            yield from self._batch([(idx, *with_tools(given)) for idx, given in batch])
 
     def _batch(self, batch: list[tuple[int, Chat, list[dict] | None]]) -> Iterator[tuple]:
         found = [(idx, chat, *self.training_rows(idx, chat, tools)) for idx, chat, tools in batch]
@@ -210,7 +205,8 @@ class Auditor:
         return {"prefixes": row.prefixes()} | by_offsets
 
 
-def _with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
+def with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
+    """The messages and the tools of a conversation."""
     if isinstance(conversation, dict):
         return conversation["messages"], conversation.get("tools") or None
     return conversation, None
@@ -324,21 +320,3 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
             "02_template_audit again in this environment."
         )
     return len(found)
-
-
-def main() -> None:
-    about = "Audit the loss mask without a notebook."
-    args = parse_command(about, "words", nargs="+", metavar="CONFIG")  # also: audit CONFIG
-    name = args.words[-1]
-    try:
-        config = load_config(name, args.overlay, parse_assignments(args.set))
-        folder = run_audit(config, session.output_folder(args.out, name, args.overlay))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    summary = read_summary(folder)
-    print(json.dumps({k: v for k, v in summary.items() if k != "length_histogram"}, indent=1))
-    raise SystemExit(f"error: {summary['errors'][0]}" if summary["rows_failed"] else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
-
-from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Span
+from atlas_lib.loss_mask.turns import RENDERING_ERRORS, Chat, ChatTemplate, Row, Span
 
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
 TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
@@ -62,7 +60,7 @@ class Sentinels:
         if shape not in self._skeletons:
             try:
                 [self._skeletons[shape]] = self.template.render([marked], tools=tools)
-            except (TemplateError, TypeError, ValueError, KeyError):
+            except RENDERING_ERRORS:
                 self._skeletons[shape] = None
         return self._skeletons[shape]
 
