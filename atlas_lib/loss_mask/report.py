@@ -126,6 +126,8 @@ def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
         other = ChatTemplate(chat_template.tokenizer, chat_template.text, **variables)
         if not any(turn.status == "prompt" for turn in other.turns(chat, tools)):
             yield f"--set {name}={str(value).lower()} makes the prompt the beginning of the row."
+            return
+    yield "No known variable of the template mends that; try another one with --template."
 
 
 def judge_labels(auditor: Auditor, conversations: Iterable, given: Iterable[dict]) -> list[str]:
