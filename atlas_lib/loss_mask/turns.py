@@ -114,7 +114,8 @@ class ChatTemplate:
         plain, asked = self._probe(USER), self._probe(USER, prompt=True)
         if asked != plain and asked.startswith(plain):
             return asked[len(plain) :]
-        lead = self._probe(USER, RESPONSE).removeprefix(asked).split(RESPONSE)[0]
+        before = self._probe(USER, RESPONSE).split(RESPONSE)[0]
+        lead = before[len(asked) :] if before.startswith(asked) else ""
         if self.special.search(lead):
             raise ValueError(f"The chat template has no generation prompt to add {lead!r}.")
         return asked.split(USER)[-1]
