@@ -101,7 +101,7 @@ def test_a_stop_at_which_generation_does_not_stop_is_named(prove, tokenizer):
     ("text", "rows", "column", "problem"),
     [
         ("{{ messages[0] }", CHATS, "messages", "does not render a plain chat"),
-        ("", CHATS, "messages", "has no chat template"),
+        (None, CHATS, "messages", "has no chat template"),
         ("{# nothing #}", CHATS, "messages", "does not render the content of responses"),
         (templates.ALTERNATES, [OTHER, CHAT], "messages", "Conversation 1: the chat template "),
         (templates.ALTERNATES, [OTHER, CHAT], "messages", "message 0 (system): Roles must alter"),
@@ -126,7 +126,7 @@ def test_unusable_input_ends_with_2_and_writes_nothing(
 
 
 def shifted(row, by):
-    kept = [template.IGNORED, *row["labels"][:-1]] if by > 0 else row["labels"][1:] + [-100]
+    kept = [template.IGNORED, *row["labels"][:-1]] if by > 0 else [*row["labels"][1:], -100]
     return row | {"labels": kept}
 
 
@@ -150,10 +150,13 @@ LABEL_FAULTS = {
     ],
     "user turn learned": lambda rows: [rows[0] | {"labels": rows[0]["input_ids"]}, rows[1]],
     "last turn only": lambda rows: [
-        rows[0] | {"labels": [-100] * (len(rows[0]["labels"]) - 6) + rows[0]["labels"][-6:]}, rows[1]
+        rows[0] | {"labels": [-100] * (n := len(rows[0]["labels"]) - 6) + rows[0]["labels"][n:]},
+        rows[1],
     ],
     "another id": lambda rows: [with_label(rows[0], first_learned(rows[0]), 5), rows[1]],
-    "another tokenizer": lambda rows: [rows[0] | {"input_ids": [7, *rows[0]["input_ids"][1:]]}, rows[1]],
+    "another tokenizer": lambda rows: [
+        rows[0] | {"input_ids": [7, *rows[0]["input_ids"][1:]]}, rows[1]
+    ],
     "cut inside the stop": lambda rows: [{key: ids[:-2] for key, ids in rows[0].items()}, rows[1]],
     "another row's labels": lambda rows: [rows[0] | {"labels": rows[1]["labels"]}, rows[1]],
 }  # fmt: skip
