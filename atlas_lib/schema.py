@@ -51,7 +51,8 @@ class Model(Section):
     instruct_revision: str | None
     adapter: str | None
     adapter_revision: str | None
-    chat_template: Literal["qwen2_5"] | None
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
     pad_token: str | None
 
 

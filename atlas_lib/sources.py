@@ -14,7 +14,7 @@ from atlas_lib.schema import Config
 
 EMBEDDED = "embedded:"
 NAMED = ("data.dataset", "model.base", "model.tokenizer", "model.instruct", "model.adapter")
-NAMED += ("eval.prompts",)  # the keys whose values name a source
+NAMED += ("eval.prompts", "model.chat_template")  # the keys whose values name a source
 FILE_TYPES = {".jsonl", ".json", ".csv", ".gz"}  # a name with one is a file, never a hub id
 
 

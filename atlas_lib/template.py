@@ -4,10 +4,11 @@
 `assistant_spans` and `mask_of_spans` find the same tokens without markers, for the audit.
 """
 
+import difflib
 import hashlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,42 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 
 
-def shipped_template(name: str) -> str:
-    """The text of TRL's `chat_templates/<name>.jinja`, without importing trl."""
-    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0])
-    return (folder / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+def trl_templates() -> dict[str, str]:
+    """The chat templates that TRL ships, by name, without importing trl."""
+    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0], "chat_templates")
+    return {file.stem: file.read_text(encoding="utf-8") for file in folder.glob("*.jinja")}
+
+
+def read_template(name: str) -> str:
+    """The text of a .jinja file, or of one of TRL's templates. Raises ValueError."""
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    shipped = trl_templates()
+    if name not in shipped:
+        near = difflib.get_close_matches(name, shipped, n=1)
+        raise ValueError(
+            f"The chat template {name!r} is neither a file nor a template of TRL"
+            + (f"; the nearest one is {near[0]}." if near else ".")
+        )
+    return shipped[name]
+
+
+def trl_training_template(text: str) -> str | None:
+    """TRL's version of the template `text` with markers, or None if TRL has none for it."""
+    shipped = trl_templates()
+    names = (name for name, template in shipped.items() if template == text)
+    return next((shipped[f"{n}_training"] for n in names if f"{n}_training" in shipped), None)
+
+
+def choose_supervision(tokenizer: Any) -> str:
+    """Mark Qwen2.5's template and leave others alone; how rows are trained, in one sentence."""
+    try:
+        if patch_chat_template_for_assistant_mask(tokenizer):
+            return "Markers in Qwen2.5's template restrict the loss to the assistant's tokens."
+        reason = "The template has markers of its own, which need not be exact"
+    except ValueError as error:
+        reason = str(error).split(":")[0]
+    return f"{reason}: rows are trained from labels."
 
 
 def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
@@ -88,23 +121,26 @@ def assistant_spans(text: str) -> list[tuple[int, int]]:
 
 
 def mask_of_spans(
-    spans: list[tuple[int, int]], offsets: np.ndarray
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Mask (n_tokens,) bool and token range of each span, from offsets (n_tokens, 2) in characters.
+    spans: Iterable[tuple[int, int]], offsets: np.ndarray, added: np.ndarray | None = None
+) -> np.ndarray:
+    """Mask (n_tokens,) bool of character spans, from offsets (n_tokens, 2) in characters.
 
     A token counts if it overlaps a span. A token that holds both the newline before a response and
-    its first characters is therefore supervised.
+    its first characters is therefore supervised, but not one of the `added` tokens (bool) that
+    swallows whitespace at the start of a response, as Phi-3's do.
     """
-    mask, turns = np.zeros(len(offsets), dtype=bool), []
+    mask = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
         first = int(np.searchsorted(offsets[:, 1], start, side="right"))
-        last = int(np.searchsorted(offsets[:, 0], end, side="left"))
-        mask[first:last] = True
-        turns.append((first, last))
-    return mask, turns
+        if added is not None and added[first] and offsets[first, 0] < start:
+            first += 1
+        mask[first : int(np.searchsorted(offsets[:, 0], end, side="left"))] = True
+    return mask
 
 
-def labels_of(input_ids: Sequence[int], mask: Sequence[bool], max_length: int) -> list[int]:
+def labels_of(
+    input_ids: Sequence[int], mask: Sequence[bool], max_length: int | None = None
+) -> list[int]:
     """The labels of the loss: ids where `mask`, IGNORED elsewhere, truncated to `max_length`."""
     return np.where(mask, input_ids, IGNORED)[:max_length].tolist()
 

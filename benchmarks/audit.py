@@ -18,8 +18,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas_lib import artifacts, audit, session, template
+from atlas_lib import artifacts, session, template
 from atlas_lib.config import load_config
+from atlas_lib.loss_mask import audit
+from atlas_lib.loss_mask.turns import ChatTemplate
 from atlas_lib.standin import corpus
 from tools import qwen_tokenizer
 
@@ -57,7 +59,7 @@ def seconds(work) -> float:
 
 def audit_to_disk(tokenizer, original, config, chats) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
-        rows = audit.audit_rows(tokenizer, original, chats, config)
+        rows = audit.audit_rows(tokenizer, ChatTemplate(tokenizer, original), chats, config)
         return audit.write_audit(Path(scratch), rows, config)
 
 

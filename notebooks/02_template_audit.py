@@ -20,7 +20,7 @@
 # because a default was off; in another the mask was all zeros, because Qwen's template does not
 # mark the assistant's turns.
 #
-# This notebook computes the mask in two independent ways, for every token of every conversation,
+# This notebook computes the mask in independent ways, for every token of every conversation,
 # and stores a hash of each row's labels, which notebook 03 compares with its trainer's.
 #
 # **What you will see:** a mask on three tokens, one conversation in colour, the whole subset in
@@ -59,7 +59,9 @@ bootstrap.ensure()
 # %% tags=["setup"]
 from IPython.display import HTML, Markdown
 
-from atlas_lib import artifacts, audit, data, models, notebooks, stages, template
+from atlas_lib import artifacts, data, models, notebooks, stages, template
+from atlas_lib.loss_mask import audit, token_rows
+from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
 
 config, out = notebooks.start("02_template_audit", CONFIG, OVERLAY, OUT, SET)
 headline = notebooks.headline()
@@ -79,31 +81,49 @@ for mask in ([True, True, True], [False, False, True]):
 # In the second line only the third token is learned, but the model still *reads* the first two.
 # This is assistant-only loss: the question is context, the response is the target.
 #
-# ## The template and its missing markers
+# ## What must the model emit?
 #
 # The weights are the pretrained ones; the tokenizer is the Instruct model's, because it has the
-# chat template, which renders a conversation as text. `{% generation %}` markers would tell which
-# part of that text is the assistant's, but Qwen2.5's template has none. The patch below puts them
-# around exactly the tokens that the model has to emit after `<|im_start|>assistant` and a newline:
-# the content and `<|im_end|>`. The newline before the content belongs to the prompt, and the
-# newline after `<|im_end|>` comes when the model has already stopped.
+# chat template, which renders a conversation as text. The template itself defines the target. At
+# inference, the server renders the messages so far with the generation prompt, and the model
+# continues until the stop token. So for each assistant message the *prompt* is what the server
+# would send, and the target is what follows in the answered conversation, up to the stop.
 
 # %%
 source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
 conversations = data.read_subset(source)
 tokenizer = models.load_tokenizer(config)
-original = tokenizer.chat_template
-print("patched:", template.patch_chat_template_for_assistant_mask(tokenizer))
-print("patched again:", template.patch_chat_template_for_assistant_mask(tokenizer))
+chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+first = chat_template.turns(conversations[0])[0]
+print("stop", chat_template.stops, "· the prompt ends with", repr(chat_template.header))
+print("prompt  ", repr(first.prompt[-60:]))
+print("emission", repr(first.emission[:60]), "...", repr(first.emission[-30:]))
+print(first.status, "=", STATUS[first.status])
 
+# %% [markdown]
+# A turn is *exact* if the rendered training row starts with that prompt, followed by that emission.
+# Then the model learns the very tokens that it has to produce, in the very context in which it will
+# have to produce them. Some templates rewrite earlier turns, for example by removing their
+# reasoning; for them the audit makes one training row per turn.
+#
+# ## How the trainer is told
+#
+# `{% generation %}` markers in a template tell the trainer which part of the text is the
+# assistant's, but Qwen2.5's template has none. The patch below puts them around the emission: the
+# content and `<|im_end|>`. The newline before the content belongs to the prompt, and the newline
+# after `<|im_end|>` comes when the model has already stopped. Any other template is left as it is,
+# and its rows go to the trainer as token ids with labels.
+
+# %%
+print(template.choose_supervision(tokenizer))
 text = tokenizer.apply_chat_template(conversations[0], tokenize=False)
-before = tokenizer.apply_chat_template(conversations[0], tokenize=False, chat_template=original)
+[before] = chat_template.render([conversations[0]])
 assert text == before, "the patch changed the rendered text"
 
 # %% [markdown]
 # The rendered text is the same to the byte; the audit below checks this for every conversation.
-# Two more properties of the tokenizer matter for training: it must end turns with a token that
-# decoding stops at, and its vocabulary must be that of the weights.
+# Two more properties of the tokenizer matter for training: decoding must stop at the token that
+# ends a turn, and the vocabulary must be that of the weights.
 
 # %%
 print("stop ids", models.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
@@ -132,28 +152,29 @@ def as_html(ids: list[int], mask: list[int]) -> HTML:
 # %%
 several = [chat for chat in conversations if sum(m["role"] == "assistant" for m in chat) > 1]
 example = min(several or conversations, key=lambda chat: len(str(chat)))
-options = {"return_dict": True, "return_assistant_tokens_mask": True}
-tokens = tokenizer.apply_chat_template(example, **options)
-as_html(tokens["input_ids"], tokens["assistant_masks"])
+row = token_rows.labelled(tokenizer, chat_template, [example])[-1]
+as_html(row["input_ids"], [label != template.IGNORED for label in row["labels"]])
 
 # %% [markdown]
-# Every green run starts with the first token of a response and ends with `<|im_end|>`.
+# Every green run starts with the first token of a response and ends with the stop token.
 # Without the end, the model would never learn to stop; with one token more at the start, it would
 # learn a newline that the prompt already contains at inference time.
 #
-# ## The whole subset, against an independent reference
+# ## The whole subset, by independent methods
 #
-# The mask above comes from the markers. The reference does not use them: it takes the text that the
-# *unpatched* template renders, finds `<|im_start|>assistant`, a newline and everything up to
-# `<|im_end|>` by the grammar of ChatML, and maps these characters to tokens by the tokenizer's
-# offsets. An error goes unnoticed only if both methods make it on the same tokens.
+# Three methods must agree on every token. *Prefixes*: the definition above, with the prompts
+# rendered and tokenised. *Sentinels*: the conversation is rendered once with a placeholder for each
+# text; putting the texts back shows where each response stands, without any prompt. *Markers*: the
+# mask that transformers makes of the patched template, which is also compared with the grammar of
+# ChatML. An error goes unnoticed only if all methods make it on the same tokens. Templates that
+# look into the texts cannot be judged by sentinels; such rows are counted.
 #
 # A message that itself contains a special token can forge a turn. Such rows are excluded, counted
 # and listed.
 
 # %%
 with artifacts.stage(stages.TEMPLATE_AUDIT, config, out, [source]) as folder:
-    rows = audit.audit_rows(tokenizer, original, conversations, config)
+    rows = audit.audit_rows(tokenizer, chat_template, conversations, config)
     summary = audit.write_audit(folder, rows, config)
 
 # %%
@@ -163,27 +184,33 @@ counts = {key: f"{summary[key]:,}" for key in ("rows", *audit.COUNTED)}
 pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_share']:.1%}"}})
 
 # %% [markdown]
-# `rows_failed` counts the rows in which the two masks differ anywhere, or that fail another check
-# of the audit, such as a changed text. `straddling` counts tokens that contain both the newline
-# before a response and its first characters; they are learned, since otherwise the first word would
-# be lost.
+# `rows_failed` counts the conversations in which the masks differ anywhere, or that fail another
+# check of the audit, such as a changed text. `straddling` counts tokens that contain both the
+# newline before a response and its first characters; they are learned, since otherwise the first
+# word would be lost.
 #
 # ## Comparison with TRL's markers
 #
-# TRL has a marked template of its own, whose markers also include the newline before the response
-# and the one after `<|im_end|>`. Neither does much harm, but the model never has to emit them.
+# TRL has marked templates of its own for some models. For Qwen2.5, its markers also include the
+# newline before the response and the one after `<|im_end|>`. Neither does much harm, but the model
+# never has to emit them.
 
 # %%
 extra, turns = summary["n_supervised_by_trl"] - summary["n_supervised"], summary["turns"]
-print(f"TRL's would train {extra:,} more tokens: {extra / turns:.2f} in each of {turns:,} turns")
+if summary["n_supervised_by_trl"]:
+    print(
+        f"TRL's would train {extra:,} more tokens: {extra / turns:.2f} in each of {turns:,} turns"
+    )
+else:
+    print("TRL has no marked template for this one and would refuse to train.")
 
 # %% [markdown]
-# Two per turn are expected. There are fewer where truncation cuts a turn or where the newline is
-# part of the first word's token.
+# For Qwen2.5, two per turn are expected. There are fewer where truncation cuts a turn or where the
+# newline is part of the first word's token.
 #
 # ## The cost of truncation
 #
-# Rows longer than `max_length` tokens lose their end, and with it the `<|im_end|>` of the turn that
+# Rows longer than `max_length` tokens lose their end, and with it the stop token of the turn that
 # was cut. The model reads the beginning of a response and never sees it end.
 
 # %%
@@ -213,7 +240,7 @@ assert summary["rows_failed"] == 0, summary["errors"]
 assert summary["rows_ok"] > 0, "nothing to train on"
 headline.update(
     Markdown(
-        f"**Template and reference agree on all {summary['n_tokens']:,} tokens of "
+        f"**All methods agree on the {summary['n_tokens']:,} tokens of "
         f"{summary['rows'] - summary['rows_excluded']:,} conversations; "
         f"{summary['supervised_share']:.0%} of them are learned, "
         f"{summary['rows_excluded']} rows are excluded.**"

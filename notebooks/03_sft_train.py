@@ -62,8 +62,10 @@ import math
 
 from IPython.display import Markdown
 
-from atlas_lib import artifacts, audit, compat, data, devices, models, notebooks, stages
+from atlas_lib import artifacts, compat, data, devices, models, notebooks, stages
 from atlas_lib.evaluate import decoding
+from atlas_lib.loss_mask import audit, token_rows
+from atlas_lib.loss_mask.turns import ChatTemplate
 from atlas_lib.train import adapters, hub, model_card, tracking
 
 config, out = notebooks.start("03_sft_train", CONFIG, OVERLAY, OUT, SET)
@@ -101,26 +103,27 @@ print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer"
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
 print(f"recipe: 5,000 rows / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
-rows = sum(verdict == "ok" for verdict in verdicts.values())
-steps = math.ceil(config.train.num_train_epochs * math.ceil(rows / rows_per_step))
+n_rows = audit.count_training_rows(audited)
+steps = math.ceil(config.train.num_train_epochs * math.ceil(n_rows / rows_per_step))
 steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
-print(f"this run: {rows:,} rows, {rows_per_step} per step -> {steps} steps")
+print(f"this run: {n_rows:,} rows, {rows_per_step} per step -> {steps} steps")
 
 # %% [markdown]
 # ## The tokenizer
 #
 # The tokenizer comes from the Instruct model, because the base model has no chat template of its
 # own. Both vocabularies must be identical, otherwise an id would mean different tokens to the
-# tokenizer and to the weights. The patch from notebook 02 marks the assistant's tokens in the
-# template. The original template is kept, to be saved with the adapter.
+# tokenizer and to the weights. The patch from notebook 02 marks the assistant's tokens in Qwen2.5's
+# template. The original template is kept, to be saved with the adapter. Other templates are not
+# marked: the rows then go to the trainer as ids and labels.
 
 # %%
 from atlas_lib import template
 
 tokenizer = models.load_tokenizer(config)
 models.check_vocabulary(tokenizer, config)
-original_template = tokenizer.chat_template
-template.patch_chat_template_for_assistant_mask(tokenizer)
+chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+print(template.choose_supervision(tokenizer))
 print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")
 
 # %% [markdown]
@@ -154,12 +157,15 @@ print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_typ
 # ## The recipe
 #
 # Everything under `train:` in the config is passed to TRL's `SFTConfig`, and everything under
-# `lora:` to peft's `LoraConfig`. `assistant_only_loss` restricts the loss to the marked tokens.
+# `lora:` to peft's `LoraConfig`. `assistant_only_loss` restricts the loss to the marked tokens;
+# rows with labels need no markers.
 
 # %%
 from peft import LoraConfig
 
 recipe = {"seed": config.seed, **config.train.arguments()}
+marked = tokenizer.chat_template != chat_template.text
+recipe["assistant_only_loss"] = recipe["assistant_only_loss"] and marked
 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
 for name, value in recipe.items():
     print(f"{name}: {value}")
@@ -196,13 +202,20 @@ for_this_run = {
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+if marked:
+    rows = [{"messages": conversations[idx]} for idx in kept]
+    validation_rows = [{"messages": chat} for chat in validation]
+else:
+    chats = [conversations[idx] for idx in kept]
+    rows = token_rows.labelled(tokenizer, chat_template, chats)
+    validation_rows = token_rows.labelled(tokenizer, chat_template, validation)
 arguments = {"use_cpu": device.name == "cpu", "disable_tqdm": True}
 arguments |= precision | recipe | for_this_run
 trainer = SFTTrainer(
     model=base,
     args=SFTConfig(**compat.trainer_arguments(arguments)),
-    train_dataset=Dataset.from_list([{"messages": conversations[idx]} for idx in kept]),
-    eval_dataset=Dataset.from_list([{"messages": chat} for chat in validation]),
+    train_dataset=Dataset.from_list(rows),
+    eval_dataset=Dataset.from_list(validation_rows),
     processing_class=tokenizer,
     peft_config=lora,
     callbacks=[callbacks.ProgressLines(), callbacks.LossGuard(), checkpoints],
@@ -332,7 +345,7 @@ summary = {
 # %%
 with artifacts.stage(stages.SFT_TRAIN, config, out, [source, audited]) as folder:
     adapter = folder / "adapter"
-    adapters.save_adapter(trainer.model, adapter, config, tokenizer, original_template)
+    adapters.save_adapter(trainer.model, adapter, config, tokenizer, chat_template.text)
     fresh = models.attach_adapter(models.load_weights("base", config, device, in_4bit), adapter)
     probe = trainer.train_dataset[0]["input_ids"][:256]
     summary["reload_difference"] = adapters.logits_difference(trainer.model, fresh, probe, device)

@@ -16,9 +16,10 @@ from typing import Any
 import nbformat
 import yaml
 
-from atlas_lib import artifacts, audit
+from atlas_lib import artifacts
 from atlas_lib.bootstrap import ROOT
 from atlas_lib.config import load_config
+from atlas_lib.loss_mask import audit
 from atlas_lib.notebooks import STAMP, cell_sources
 from atlas_lib.stages import IFEVAL_EVAL, STAGES, TEMPLATE_AUDIT
 from tools import leaks

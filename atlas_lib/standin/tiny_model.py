@@ -116,7 +116,7 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), [STOP, TURN_START, TURN_END]
-    size, chat_template = vocab_size - len(specials), template.shipped_template("qwen2_5")
+    size, chat_template = vocab_size - len(specials), template.read_template("qwen2_5")
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([*texts, chat_template], trainer)  # it holds the system prompt
     bpe.add_special_tokens(specials)  # after the merges, as in Qwen: the highest ids

@@ -239,7 +239,7 @@ def test_a_conversation_in_colour_has_no_control_characters():
 
 WITHOUT_TRAINER = """
 import sys, pathlib
-from atlas_lib import audit
+from atlas_lib.loss_mask import audit
 from atlas_lib.config import load_config
 audit.run_audit(load_config("sft_qwen05b", "offline", {tiny}), pathlib.Path(sys.argv[1]))
 assert not {{"trl", "peft", "bitsandbytes"}} & set(sys.modules), set(sys.modules)

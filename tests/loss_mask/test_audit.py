@@ -1,4 +1,4 @@
-"""The patch, the reference mask and the audit: what the loss sees, proved and with faults planted."""
+"""The patch, the reference masks and the audit: what the loss sees, with faults planted."""
 
 import copy
 import json
@@ -12,8 +12,10 @@ from tiny import TINY
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from atlas_lib import artifacts, audit, data, models, stages, template
+from atlas_lib import artifacts, data, models, stages, template
 from atlas_lib.config import load_config
+from atlas_lib.loss_mask import audit
+from atlas_lib.loss_mask.turns import ChatTemplate
 
 
 @pytest.fixture(scope="module", params=["the tiny model's", "Qwen2.5's"])
@@ -107,11 +109,10 @@ def test_text_is_unchanged_and_both_masks_agree(pair, chat):
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
-    reference, turns = template.mask_of_spans(
-        template.assistant_spans(before), np.asarray(out["offset_mapping"])
-    )
+    spans = template.assistant_spans(before)
+    reference = template.mask_of_spans(spans, np.asarray(out["offset_mapping"]))
     assert np.array_equal(reference, np.asarray(out["assistant_masks"], dtype=bool))
-    assert len(turns) == sum(message["role"] == "assistant" for message in chat)
+    assert len(spans) == sum(message["role"] == "assistant" for message in chat)
 
 
 def offline(overrides: dict):
@@ -119,14 +120,18 @@ def offline(overrides: dict):
 
 
 def audited_rows(pair, conversations, config):
-    return list(audit.audit_rows(*pair, conversations, config))
+    tokenizer, original = pair
+    return list(
+        audit.audit_rows(tokenizer, ChatTemplate(tokenizer, original), conversations, config)
+    )
 
 
 def test_audit_row_has_its_fields(pair, tiny_config):
     [row] = audited_rows(pair, [CHAT], tiny_config)
     assert row["verdict"] == "ok"
     assert row["error"] is None
-    assert [t["ends_with_im_end"] for t in row["turns"]] == [True, True]
+    assert row["turn_status"] == ["exact", "exact"]
+    assert row["judged_by_prefixes_alone"] == 0
     assert [t["cut"] for t in row["turns"]] == [False, False]
     assert row["n_supervised"] == sum(t["end"] - t["start"] for t in row["turns"])
     assert row["n_supervised_by_trl"] - row["n_supervised"] == 2 * 2  # TRL's: 2 newlines a turn
@@ -209,7 +214,7 @@ def audited(pair, tiny_config, tmp_path):
     with artifacts.stage(stages.DATA_PREP, tiny_config, tmp_path) as source:
         artifacts.write_jsonl(source / "train.jsonl", ({"messages": chat} for chat in chats))
     with artifacts.stage(stages.TEMPLATE_AUDIT, tiny_config, tmp_path, [source]) as folder:
-        audit.write_audit(folder, audit.audit_rows(*pair, chats, tiny_config), tiny_config)
+        audit.write_audit(folder, audited_rows(pair, chats, tiny_config), tiny_config)
     rows = []
     for chat in chats:
         out = pair[0].apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)

@@ -1,0 +1,214 @@
+"""What a model must emit in each turn of a conversation, for any chat template.
+
+For the assistant message i of a chat m, inference sends `P = render(m[:i])` with the generation
+prompt. `R = render(m[:i + 1])` is the same chat answered, `F = render(m)` the training text. The
+model must emit `E = R[len(P) : end of the stop token]`. The turn is exact if R starts with P and F
+starts with P + E: then the row shows the context of inference, followed by the response. Messages
+after the last response carry no loss and are left out of F.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Chat = list[dict[str, Any]]
+Span = tuple[int, int]
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
+USER, RESPONSE, NEXT = "\ue010", "\ue011", "\ue012"  # contents of the probes, in no template
+STATUS = {
+    "exact": "the row shows the prompt of inference and the response",
+    "history": "the row shows another response than inference, because another turn follows",
+    "context": "the row shows another context than inference, because another turn follows",
+    "prompt": "the answered conversation does not start with the prompt of inference",
+    "no stop": "no stop token ends the response",
+}
+ONE_ROW_PER_TURN = ("exact", "history", "context")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant message: its index, P, R and E as above, and a key of STATUS."""
+
+    message: int
+    prompt: str
+    answered: str
+    emission: str
+    status: str
+
+
+class Row(NamedTuple):
+    """One training row: a chat, its text, and {index of a message: span of characters to learn}."""
+
+    chat: Chat
+    text: str
+    spans: dict[int, Span]
+    tools: list[dict] | None = None
+
+
+class ChatTemplate:
+    """A chat template with the tokenizer and the variables that it renders with.
+
+    Raises ValueError for a template that renders no responses, no generation prompt or no stop.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, **variables: Any
+    ):
+        self.tokenizer = tokenizer
+        self.variables = tokenizer.special_tokens_map | variables
+        self.text = text or tokenizer.chat_template
+        if not isinstance(self.text, str):
+            raise ValueError("The tokenizer has no chat template; name one: model.chat_template.")
+        added = tokenizer.added_tokens_decoder
+        self.added_ids = np.fromiter(added, dtype=np.int64)
+        self.added = any_of(token.content for token in added.values())
+        self.special = any_of(token.content for token in added.values() if token.special)
+        self.stops, self.header = self._probe_stops(), self._probe_header()
+        self._tokens_of: dict[str, list[int]] = {}
+
+    def render(
+        self, chats: Sequence[Chat], prompt: bool = False, tools: list[dict] | None = None
+    ) -> list[str]:
+        """The text of each chat, with the generation prompt if `prompt`."""
+        texts, _ = render_jinja_template(
+            list(chats),
+            tools=tools,
+            chat_template=self.text,
+            add_generation_prompt=prompt,
+            **self.variables,
+        )
+        return texts
+
+    def _probe(self, *contents: str, prompt: bool = False) -> str:
+        """The text of user, assistant, user, ... turns with these contents."""
+        roles = ("user", "assistant", "user")
+        chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        try:
+            return self.render([chat], prompt)[0]
+        except RENDERING_ERRORS as error:
+            raise ValueError(f"The chat template does not render a plain chat: {error}.") from None
+
+    def _probe_stops(self) -> tuple[str, ...]:
+        """The special tokens that end a response: those that follow it, last turn or not."""
+        last, followed = self._probe(USER, RESPONSE), self._probe(USER, RESPONSE, NEXT)
+        if RESPONSE not in last or RESPONSE not in followed:
+            raise ValueError("The chat template does not render the content of responses.")
+        tails = [text.split(RESPONSE)[-1] for text in (last, followed)]
+        if shared := self.special.findall(_common_start(*tails)):
+            always_prompts = self._probe(USER, RESPONSE, prompt=True) == last
+            return (shared[0 if always_prompts else -1],)
+        found = self.special.findall(tails[0])[-1:] or self.special.findall(tails[1])[:1]
+        if not found:
+            raise ValueError("The chat template ends responses with no special token.")
+        return tuple(found)
+
+    def _probe_header(self) -> str:
+        """The text between the last message and the response, which the generation prompt adds."""
+        plain, asked = self._probe(USER), self._probe(USER, prompt=True)
+        if asked != plain and asked.startswith(plain):
+            return asked[len(plain) :]
+        before = self._probe(USER, RESPONSE).split(RESPONSE)[0]
+        lead = before[len(asked) :] if before.startswith(asked) else ""
+        if self.special.search(lead):
+            raise ValueError(f"The chat template has no generation prompt to add {lead!r}.")
+        return asked.split(USER)[-1]
+
+    def turns(self, chat: Chat, tools: list[dict] | None = None) -> list[Turn]:
+        """The assistant's turns of `chat`. Raises ValueError if the template refuses the chat."""
+        where = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+        try:
+            prompts = self.render([chat[:i] for i in where], True, tools)
+            answered = self.render([chat[: i + 1] for i in where], tools=tools)
+        except RENDERING_ERRORS as error:
+            refused = next(i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            raise ValueError(
+                f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
+            ) from None
+        triples = zip(where, prompts, answered, strict=True)
+        return [self._turn(i, prompt, reply, answered[-1]) for i, prompt, reply in triples]
+
+    def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
+        try:
+            return bool(self.render([chat], tools=tools))
+        except RENDERING_ERRORS:
+            return False
+
+    def _turn(self, message: int, prompt: str, answered: str, text: str) -> Turn:
+        ends = [answered.rfind(stop, len(prompt)) for stop in self.stops]
+        end = max(e + len(s) if e >= 0 else 0 for e, s in zip(ends, self.stops, strict=True))
+        emission = answered[len(prompt) : end]
+        if not answered.startswith(prompt):
+            status = "prompt"
+        elif not emission:
+            status = "no stop"
+        elif not text.startswith(prompt):
+            status = "context"
+        else:
+            status = "exact" if text.startswith(prompt + emission) else "history"
+        return Turn(message, prompt, answered, emission, status)
+
+    def rows(self, chat: Chat, turns: Sequence[Turn], tools: list[dict] | None = None) -> list[Row]:
+        """One row of the whole chat if all turns are exact, else one row per turn.
+
+        Raises ValueError that names a turn for which no row shows what inference shows.
+        """
+        for turn in turns:
+            if turn.status not in ONE_ROW_PER_TURN:
+                raise ValueError(f"message {turn.message}: {STATUS[turn.status]}")
+        whole = all(turn.status == "exact" for turn in turns)
+        spans = {t.message: (len(t.prompt), len(t.prompt) + len(t.emission)) for t in turns}
+        return [
+            Row(
+                chat[: turn.message + 1],
+                turn.answered,
+                spans if whole else {turn.message: spans[turn.message]},
+                tools,
+            )
+            for turn in (turns[-1:] if whole else turns)
+        ]
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Ids of each text, and offsets (n_tokens, 2) in characters."""
+        out = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        return out["input_ids"], [np.asarray(o).reshape(-1, 2) for o in out["offset_mapping"]]
+
+    def token_ranges(
+        self, text: str, ids: Sequence[int], offsets: np.ndarray, spans: Sequence[Span]
+    ) -> Iterator[Span]:
+        """First and last-but-one token of each span: those that follow the prompt's own tokens.
+
+        Added tokens split a text for every tokenizer, so that the tokens of a prompt are those up
+        to its last added token, followed by those of its tail.
+        """
+        added = [match.start() for match in self.added.finditer(text)]
+        for start, end in spans:
+            split = max((at for at in added if at < start), default=0)
+            tail = self._tail_ids(text[split:start])
+            first = int(np.searchsorted(offsets[:, 1], split, side="right"))
+            same = np.asarray(ids[first : first + len(tail)]) == tail[: len(ids) - first]
+            common = len(tail) if same.all() else int(same.argmin())
+            yield first + common, int(np.searchsorted(offsets[:, 0], end, side="left"))
+
+    def _tail_ids(self, tail: str) -> np.ndarray:
+        if tail not in self._tokens_of:
+            ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+            self._tokens_of[tail] = np.asarray(ids)
+        return self._tokens_of[tail]
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern:
+    """A pattern that matches the longest of some tokens; of none, it matches nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _common_start(one: str, other: str) -> str:
+    same = (a == b for a, b in zip(one, other, strict=False))
+    return one[: sum(1 for _ in takewhile(bool, same))]
