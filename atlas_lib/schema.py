@@ -1,6 +1,6 @@
 """`Config`: the keys that a configuration may hold, with their types and ranges."""
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -11,6 +11,18 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+
+# Arguments of SFTConfig that are refused, with the reason.
+REFUSED = {
+    "train.hub_token": "it would leave a secret in files; set HF_TOKEN instead",
+    "train.push_to_hub": "set output.hub_repo instead",
+    "train.hub_model_id": "set output.hub_repo instead",
+    "train.eos_token": "the chat template determines how a turn ends",
+    "train.pad_token": "set model.pad_token instead",
+}
+BY_DEVICE = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
+REFUSED |= {f"train.{key}": "it is chosen to suit the hardware" for key in BY_DEVICE}
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -51,6 +63,7 @@ class Model(Section):
     instruct_revision: str | None
     adapter: str | None
     adapter_revision: str | None
+    adapter_base: str | None
     chat_template: Literal["qwen2_5"] | None
     pad_token: str | None
 
@@ -62,9 +75,9 @@ class Quantization(Section):
 
 
 class Lora(Section):
-    r: PositiveInt
+    r: int = Field(gt=0, le=4096)
     lora_alpha: PositiveInt
-    lora_dropout: float = Field(ge=0, le=1)
+    lora_dropout: float = Field(ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"]
     target_modules: list[str]
 
@@ -75,7 +88,7 @@ class Data(Section):
     split: str
     n_samples: PositiveInt
     n_validation: PositiveInt
-    shuffle_seed: int
+    shuffle_seed: Seed
 
 
 class Audit(Section):
@@ -91,19 +104,19 @@ class Train(Section):
 
     activation_checkpointing: bool | None = None
     assistant_only_loss: bool | None = None
-    gradient_accumulation_steps: int = 1
-    learning_rate: float | None = None
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: float | None = Field(None, gt=0)
     logging_first_step: bool | None = None
     logging_nan_inf_filter: bool | None = None
-    logging_steps: float | None = None
-    max_length: int | None = None
-    max_steps: int = -1
-    num_train_epochs: float = 3.0
-    per_device_train_batch_size: int = 8
+    logging_steps: float | None = Field(None, gt=0)
+    max_length: PositiveInt | None = None
+    max_steps: PositiveInt | Literal[-1] = -1
+    num_train_epochs: float = Field(3.0, gt=0)
+    per_device_train_batch_size: PositiveInt = 8
     report_to: str | list[str] | None = None
     save_strategy: str | None = None
-    seed: int | None = None
-    train_sampling_strategy: str | None = None
+    seed: Seed | None = None
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = None
     warmup_steps: float | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -126,7 +139,7 @@ class Eval(Section):
 class Offline(Section):
     """Sizes of the tiny model and its data; configs/base.yaml gives the reason for each."""
 
-    corpus_seed: int
+    corpus_seed: Seed
     taught: list[str]
     n_conversations: PositiveInt
     n_texts: PositiveInt
@@ -139,13 +152,13 @@ class Offline(Section):
     pretrain_steps: PositiveInt
     pretrain_batch: PositiveInt
     pretrain_length: PositiveInt
-    pretrain_learning_rate: float
+    pretrain_learning_rate: float = Field(gt=0)
 
 
 class Config(Section):
     """A resolved configuration."""
 
-    seed: int
+    seed: Seed
     label: str
     run: Run
     model: Model

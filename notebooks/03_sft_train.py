@@ -157,7 +157,7 @@ print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_typ
 # `lora:` to peft's `LoraConfig`. `assistant_only_loss` restricts the loss to the marked tokens.
 
 # %%
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 recipe = {"seed": config.seed, **config.train.arguments()}
 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
@@ -333,7 +333,7 @@ summary = {
 with artifacts.stage(stages.SFT_TRAIN, config, out, [source, audited]) as folder:
     adapter = folder / "adapter"
     adapters.save_adapter(trainer.model, adapter, config, tokenizer, original_template)
-    fresh = models.attach_adapter(models.load_weights("base", config, device, in_4bit), adapter)
+    fresh = PeftModel.from_pretrained(models.load_weights("base", config, device, in_4bit), adapter)
     probe = trainer.train_dataset[0]["input_ids"][:256]
     summary["reload_difference"] = adapters.logits_difference(trainer.model, fresh, probe, device)
     assert summary["reload_difference"] < 1e-3, "the saved adapter is not the trained one"
