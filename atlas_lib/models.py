@@ -26,10 +26,10 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         tokenizer.pad_token = config.model.pad_token
     stop_ids(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END_OF_TURN)):
+        # Tools that mask padding by id would never train the end of a turn.
         raise ValueError(
-            f"The pad token is {tokenizer.pad_token!r}; it must exist and differ from "
-            f"{END_OF_TURN}, which tools that mask padding by id would otherwise never train: set "
-            f"model.pad_token, for Qwen2.5 to {END_OF_TEXT!r}."
+            f"The pad token is {tokenizer.pad_token!r}; set model.pad_token to another token than "
+            f"{END_OF_TURN}, for Qwen2.5 to {END_OF_TEXT}."
         )
     return tokenizer
 
@@ -44,10 +44,7 @@ def _tokenizer_of(name: str, revision: str | None, config: Config) -> "PreTraine
 
 @contextlib.contextmanager
 def _refusing(place: str | Path) -> Iterator[None]:
-    """Raise ValueError in one sentence for files that cannot be loaded, whatever the loader raises.
-
-    Without trust_remote_code=False, transformers would ask on the terminal whether to run code.
-    """
+    """Raise ValueError in one sentence for what a loader raises about missing or damaged files."""
     try:
         yield
     except Exception as error:
@@ -77,8 +74,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     ids = [vocabulary.get(token) for token in (END_OF_TURN, END_OF_TEXT)]
     if None in ids:
         raise ValueError(
-            f"The tokenizer has {ids} as ids of {END_OF_TURN} and {END_OF_TEXT}; it needs both: "
-            "name a tokenizer that writes ChatML."
+            f"The tokenizer needs {END_OF_TURN} and {END_OF_TEXT} (ids {ids}): name one of ChatML."
         )
     return ids
 
@@ -86,10 +82,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def load_weights(
     role: Literal["base", "instruct"], config: Config, device: Device, in_4bit: bool
 ) -> "PreTrainedModel":
-    """The base or instruct model in `device.dtype`, or quantised as `config.quantization` says.
-
-    Safetensors only, never remote code.
-    """
+    """The base or instruct model in `device.dtype`, or quantised as `config.quantization` says."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

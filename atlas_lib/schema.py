@@ -12,16 +12,14 @@ from pydantic import (
     field_validator,
 )
 
-# Arguments of SFTConfig that are refused, with the reason.
-REFUSED = {
-    "train.hub_token": "it would leave a secret in files; set HF_TOKEN instead",
+BY_DEVICE = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
+REFUSED = {f"train.{key}": "remove it, the hardware decides" for key in BY_DEVICE} | {
+    "train.hub_token": "it would leave a secret in files, set HF_TOKEN instead",
     "train.push_to_hub": "set output.hub_repo instead",
     "train.hub_model_id": "set output.hub_repo instead",
-    "train.eos_token": "the chat template determines how a turn ends",
+    "train.eos_token": "remove it, the chat template determines how a turn ends",
     "train.pad_token": "set model.pad_token instead",
-}
-BY_DEVICE = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
-REFUSED |= {f"train.{key}": "it is chosen to suit the hardware" for key in BY_DEVICE}
+}  # arguments of SFTConfig, with the reason
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 

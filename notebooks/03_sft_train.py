@@ -103,7 +103,7 @@ rows_per_step = config.train.per_device_train_batch_size * config.train.gradient
 print(f"recipe: 5,000 rows / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
 rows = sum(verdict == "ok" for verdict in verdicts.values())
 steps = math.ceil(config.train.num_train_epochs * math.ceil(rows / rows_per_step))
-steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
+steps = steps if config.train.max_steps < 0 else config.train.max_steps
 print(f"this run: {rows:,} rows, {rows_per_step} per step -> {steps} steps")
 
 # %% [markdown]

@@ -49,7 +49,7 @@ def _misfits(folder: Path, config: Config) -> Iterator[str]:
 
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
-            yield f"has no {name}: name a folder written by peft's save_pretrained, not pickled"
+            yield f"has no {name}; peft's save_pretrained writes both, pickled weights are not read"
     settings = PeftConfig.from_pretrained(folder)
     stated, base = settings.base_model_name_or_path, config.model.base
     expected = config.model.adapter_base or base

@@ -223,8 +223,8 @@ def test_set_must_be_a_mapping(given, words):
         ("hub_model_id", "my/name", "set output.hub_repo instead"),
         ("pad_token", "x", "set model.pad_token instead"),
         ("eos_token", "x", "the chat template determines"),
-        *((key, True, "chosen to suit the hardware") for key in BY_DEVICE),
-        *((key, False, "chosen to suit the hardware") for key in BY_DEVICE),
+        *((key, True, "the hardware decides") for key in BY_DEVICE),
+        *((key, False, "the hardware decides") for key in BY_DEVICE),
     ],
 )
 def test_an_argument_that_another_key_or_the_device_decides_is_refused(key, value, words):
