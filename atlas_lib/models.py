@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from atlas_lib import compat, sources, template
 from atlas_lib.devices import Device
@@ -79,10 +79,8 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return ids
 
 
-def load_weights(
-    role: Literal["base", "instruct"], config: Config, device: Device, in_4bit: bool
-) -> "PreTrainedModel":
-    """The base or instruct model in `device.dtype`, or quantised as `config.quantization` says."""
+def load_weights(role: str, config: Config, device: Device, in_4bit: bool) -> "PreTrainedModel":
+    """The "base" or "instruct" model in `device.dtype` or quantised as `config.quantization`."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

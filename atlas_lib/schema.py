@@ -16,7 +16,6 @@ BY_DEVICE = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cp
 REFUSED = {f"train.{key}": "remove it, the hardware decides" for key in BY_DEVICE} | {
     "train.hub_token": "it would leave a secret in files, set HF_TOKEN instead",
     "train.push_to_hub": "set output.hub_repo instead",
-    "train.hub_model_id": "set output.hub_repo instead",
     "train.eos_token": "remove it, the chat template determines how a turn ends",
     "train.pad_token": "set model.pad_token instead",
 }  # arguments of SFTConfig, with the reason
@@ -117,10 +116,6 @@ class Train(Section):
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = None
     warmup_steps: float | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """What the layers set, as arguments of SFTConfig."""
-        return self.model_dump(exclude_unset=True)
-
 
 class Eval(Section):
     prompts: str
@@ -177,7 +172,7 @@ class Config(Section):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by section; `train` with only the keys that a layer set."""
-        return self.model_dump() | {"train": self.train.arguments()}
+        return self.model_dump(exclude_unset=True)
 
     def flat(self) -> dict[str, Any]:
         """`as_dict` with dotted keys: {"lora.r": 16, ...}."""

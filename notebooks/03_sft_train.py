@@ -159,7 +159,7 @@ print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_typ
 # %%
 from peft import LoraConfig, PeftModel
 
-recipe = {"seed": config.seed, **config.train.arguments()}
+recipe = {"seed": config.seed, **config.train.model_dump(exclude_unset=True)}
 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
 for name, value in recipe.items():
     print(f"{name}: {value}")

@@ -27,7 +27,7 @@ def check_adapter(adapter: str | Path, config: Config) -> None:
     try:
         problem = next(_misfits(_local_folder(place, revision), config), None)
     except Exception as error:  # a damaged file: peft and safetensors raise whatever they meet
-        problem = f"cannot be read ({shorten(str(error).rstrip('.'), 200)})"
+        problem = f"cannot be used ({shorten(str(error).rstrip('.'), 200)})"
     if problem:
         raise ValueError(f"The adapter {adapter} {problem}.")
 

@@ -103,9 +103,9 @@ FAULTS = {
     "pickled": (pickle_weights, "has no adapter_model.safetensors"),
     "damaged settings": (
         lambda folder: (folder / "adapter_config.json").write_text("{"),
-        "cannot be read",
+        "cannot be used",
     ),
-    "cut weights": (cut, "cannot be read"),
+    "cut weights": (cut, "cannot be used"),
 }
 
 
@@ -161,6 +161,6 @@ def test_an_adapter_of_the_hub_is_checked_in_the_cache(adapter, tmp_path, monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     adapter_check.check_adapter("my/adapter", configured())
-    assert "cannot be read" in refusal(adapter_check.check_adapter, "other/adapter", configured())
+    assert "cannot be used" in refusal(adapter_check.check_adapter, "other/adapter", configured())
     cut(repository / "snapshots" / ("f" * 40))
-    assert "cannot be read" in refusal(adapter_check.check_adapter, "my/adapter", configured())
+    assert "cannot be used" in refusal(adapter_check.check_adapter, "my/adapter", configured())
