@@ -30,18 +30,12 @@ SILENCED_WARNINGS = (
     (Warning, "IProgress not found"),
 )
 
-
-def silence_dependencies() -> None:
-    """Drop the messages listed above, in this process."""
-    for name, start in SILENCED_LOGS.items():
-        logging.getLogger(name).addFilter(
-            lambda record, start=start: not str(record.msg).startswith(start)
-        )
-    for category, start in SILENCED_WARNINGS:
-        warnings.filterwarnings("ignore", message=start, category=category)
-
-
-silence_dependencies()  # on import, so that processes that only load a model are covered, too
+for logger, start in SILENCED_LOGS.items():
+    logging.getLogger(logger).addFilter(
+        lambda record, start=start: not str(record.msg).startswith(start)
+    )
+for category, start in SILENCED_WARNINGS:
+    warnings.filterwarnings("ignore", message=start, category=category)
 
 
 def remove_old_torchao() -> None:

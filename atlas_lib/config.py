@@ -15,7 +15,7 @@ from pydantic import ValidationError, create_model
 
 from atlas_lib import artifacts
 from atlas_lib.bootstrap import CONFIGS
-from atlas_lib.schema import Config, Section, Train, flatten
+from atlas_lib.schema import REFUSED, Config, Section, Train, flatten
 
 S = TypeVar("S", bound=Section)
 MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
@@ -26,8 +26,8 @@ def load_config(name: str, overlay: str = "", overrides: dict | str | None = Non
     given, merged = parse_overrides(overrides), {}
     for layer in (_read_layer("base"), *_recipe_layers(name), overlay_layer(overlay, given)):
         _merge(merged, layer)
-    if flatten(merged).get("train.hub_token"):
-        raise ValueError("train.hub_token would leave a secret in files; set HF_TOKEN instead.")
+    if refused := sorted(REFUSED.keys() & flatten(merged)):
+        raise ValueError(f"{refused[0]} is refused: {REFUSED[refused[0]]}.")
     if isinstance(merged.get("train"), dict):
         merged["train"] |= _check_other_arguments(merged["train"])
     config = validate(Config, merged)

@@ -1,7 +1,10 @@
-"""Load the tokenizer, the base model (full precision or NF4) and adapters, at pinned revisions."""
+"""Load the tokenizer and the base model (full precision or NF4), at pinned revisions."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
 from atlas_lib import compat, sources, template
 from atlas_lib.devices import Device
@@ -12,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-QWEN_VOCABULARY, QWEN_STOP_IDS = 151665, [151645, 151643]
 
 
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
@@ -24,10 +26,10 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
         tokenizer.pad_token = config.model.pad_token
     stop_ids(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END_OF_TURN)):
+        # Tools that mask padding by id would never train the end of a turn.
         raise ValueError(
-            f"The pad token is {tokenizer.pad_token!r}; it must exist and differ from "
-            f"{END_OF_TURN}, which tools that mask padding by id would otherwise never train: set "
-            f"model.pad_token, for Qwen2.5 to {END_OF_TEXT!r}."
+            f"The pad token is {tokenizer.pad_token!r}; set model.pad_token to another token than "
+            f"{END_OF_TURN}, for Qwen2.5 to {END_OF_TEXT}."
         )
     return tokenizer
 
@@ -37,7 +39,20 @@ def tokenizer_of(name: str, revision: str | None, config: Config) -> "PreTrained
     from transformers import AutoTokenizer
 
     place, revision = sources.fetch(name, revision, config, "tokenizer")
-    return AutoTokenizer.from_pretrained(place, revision=revision)
+    with _refusing(place):
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _refusing(place: str | Path) -> Iterator[None]:
+    """Raise ValueError in one sentence for what a loader raises about missing or damaged files."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{place} cannot be loaded ({shorten(str(error).rstrip('.'), 200)}); Atlas needs "
+            "config.json, a tokenizer and complete safetensors, and runs no code of a model."
+        ) from error
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Config) -> int:
@@ -58,22 +73,17 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single tokens."""
     vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would return the unknown token
     ids = [vocabulary.get(token) for token in (END_OF_TURN, END_OF_TEXT)]
-    if None in ids or (len(tokenizer) == QWEN_VOCABULARY and ids != QWEN_STOP_IDS):
+    if None in ids:
         raise ValueError(
-            f"The tokenizer has {ids} as ids of {END_OF_TURN} and {END_OF_TEXT}; it needs both, "
-            f"and Qwen2.5's are {QWEN_STOP_IDS}. Name a tokenizer that writes ChatML."
+            f"The tokenizer needs {END_OF_TURN} and {END_OF_TEXT} (ids {ids}): name one of ChatML."
         )
     return ids
 
 
-def load_weights(
-    role: Literal["base", "instruct"], config: Config, device: Device, in_4bit: bool
-) -> "PreTrainedModel":
-    """The base or instruct model in `device.dtype`, or quantised as `config.quantization` says.
-
-    Safetensors only, never remote code.
-    """
+def load_weights(role: str, config: Config, device: Device, in_4bit: bool) -> "PreTrainedModel":
+    """The "base" or "instruct" model in `device.dtype` or quantised as `config.quantization`."""
     import torch
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype, quantization = getattr(torch, device.dtype), None
@@ -82,26 +92,23 @@ def load_weights(
         quantization = BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=dtype)
     name, revision = getattr(config.model, role), getattr(config.model, f"{role}_revision")
     place, revision = sources.fetch(name, revision, config)
-    weights = AutoModelForCausalLM.from_pretrained(
-        place,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": device.name},
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    for file in sorted(Path(place).glob("*.safetensors")):  # none for a hub id
+        with _refusing(file):
+            safe_open(file, "pt")  # checks that the file is complete
+    with _refusing(place):
+        weights, found = AutoModelForCausalLM.from_pretrained(
+            place,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device.name},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below: transformers' error names no file
+        )
+        if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
+            raise ValueError(f"its weights lack what config.json describes, such as {wrong[0]}")
     compat.keep_cpu_gradients_right(weights)
     compat.keep_attention_lean(device.dtype)
     return weights
-
-
-def attach_adapter(
-    base: "PreTrainedModel", adapter: str | Path, revision: str | None = None, merge: bool = False
-) -> "PreTrainedModel":
-    """`base` with a LoRA adapter from a folder or the hub, merged into its weights if asked."""
-    from peft import PeftModel
-
-    place = sources.locate(str(adapter)) or adapter
-    model = PeftModel.from_pretrained(base, str(place), revision=revision)
-    return model.merge_and_unload() if merge else model

@@ -1,6 +1,6 @@
 """`Config`: the keys that a configuration may hold, with their types and ranges."""
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -11,6 +11,15 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+
+BY_DEVICE = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
+REFUSED = {f"train.{key}": "remove it, the hardware decides" for key in BY_DEVICE} | {
+    "train.hub_token": "it would leave a secret in files, set HF_TOKEN instead",
+    "train.push_to_hub": "set output.hub_repo instead",
+    "train.eos_token": "remove it, the chat template determines how a turn ends",
+    "train.pad_token": "set model.pad_token instead",
+}  # arguments of SFTConfig, with the reason
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -51,6 +60,7 @@ class Model(Section):
     instruct_revision: str | None
     adapter: str | None
     adapter_revision: str | None
+    adapter_base: str | None
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
     pad_token: str | None
@@ -63,9 +73,9 @@ class Quantization(Section):
 
 
 class Lora(Section):
-    r: PositiveInt
+    r: int = Field(gt=0, le=4096)
     lora_alpha: PositiveInt
-    lora_dropout: float = Field(ge=0, le=1)
+    lora_dropout: float = Field(ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"]
     target_modules: list[str]
 
@@ -76,7 +86,7 @@ class Data(Section):
     split: str
     n_samples: PositiveInt
     n_validation: PositiveInt
-    shuffle_seed: int
+    shuffle_seed: Seed
 
 
 class Audit(Section):
@@ -92,24 +102,20 @@ class Train(Section):
 
     activation_checkpointing: bool | None = None
     assistant_only_loss: bool | None = None
-    gradient_accumulation_steps: int = 1
-    learning_rate: float | None = None
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: float | None = Field(None, gt=0)
     logging_first_step: bool | None = None
     logging_nan_inf_filter: bool | None = None
-    logging_steps: float | None = None
-    max_length: int | None = None
-    max_steps: int = -1
-    num_train_epochs: float = 3.0
-    per_device_train_batch_size: int = 8
+    logging_steps: float | None = Field(None, gt=0)
+    max_length: PositiveInt | None = None
+    max_steps: PositiveInt | Literal[-1] = -1
+    num_train_epochs: float = Field(3.0, gt=0)
+    per_device_train_batch_size: PositiveInt = 8
     report_to: str | list[str] | None = None
     save_strategy: str | None = None
-    seed: int | None = None
-    train_sampling_strategy: str | None = None
+    seed: Seed | None = None
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = None
     warmup_steps: float | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """What the layers set, as arguments of SFTConfig."""
-        return self.model_dump(exclude_unset=True)
 
 
 class Eval(Section):
@@ -127,7 +133,7 @@ class Eval(Section):
 class Offline(Section):
     """Sizes of the tiny model and its data; configs/base.yaml gives the reason for each."""
 
-    corpus_seed: int
+    corpus_seed: Seed
     taught: list[str]
     n_conversations: PositiveInt
     n_texts: PositiveInt
@@ -140,13 +146,13 @@ class Offline(Section):
     pretrain_steps: PositiveInt
     pretrain_batch: PositiveInt
     pretrain_length: PositiveInt
-    pretrain_learning_rate: float
+    pretrain_learning_rate: float = Field(gt=0)
 
 
 class Config(Section):
     """A resolved configuration."""
 
-    seed: int
+    seed: Seed
     label: str
     run: Run
     model: Model
@@ -167,7 +173,7 @@ class Config(Section):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by section; `train` with only the keys that a layer set."""
-        return self.model_dump() | {"train": self.train.arguments()}
+        return self.model_dump(exclude_unset=True)
 
     def flat(self) -> dict[str, Any]:
         """`as_dict` with dotted keys: {"lora.r": 16, ...}."""

@@ -45,7 +45,8 @@ def loaded() -> tuple:
     """(patched tokenizer, original template, config)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(qwen_tokenizer.tokenizer_folder())
+    folder = qwen_tokenizer.tokenizer_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)
     return tokenizer, original, load_config("sft_qwen05b")

@@ -181,7 +181,7 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
     tokenizer = models.load_tokenizer(config)
     template.patch_chat_template_for_assistant_mask(tokenizer)
     base = models.load_weights("base", config, device, config.quantization.load_in_4bit)
-    choices = config.train.arguments()
+    choices = config.train.model_dump(exclude_unset=True)
     choices["activation_checkpointing"] = memory.must_checkpoint(base, config, device)
     choices |= {"output_dir": scratch, "seed": config.seed, "use_cpu": device.name == "cpu"}
     choices |= {"fp16": device.dtype == "float16", "bf16": device.dtype == "bfloat16"}

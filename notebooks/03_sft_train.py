@@ -105,7 +105,7 @@ rows_per_step = config.train.per_device_train_batch_size * config.train.gradient
 print(f"recipe: 5,000 rows / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
 n_rows = audit.count_training_rows(audited)
 steps = math.ceil(config.train.num_train_epochs * math.ceil(n_rows / rows_per_step))
-steps = steps if (config.train.max_steps or -1) < 0 else config.train.max_steps
+steps = steps if config.train.max_steps < 0 else config.train.max_steps
 print(f"this run: {n_rows:,} rows, {rows_per_step} per step -> {steps} steps")
 
 # %% [markdown]
@@ -161,9 +161,9 @@ print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_typ
 # rows with labels need no markers.
 
 # %%
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
-recipe = {"seed": config.seed, **config.train.arguments()}
+recipe = {"seed": config.seed, **config.train.model_dump(exclude_unset=True)}
 marked = tokenizer.chat_template != chat_template.text
 recipe["assistant_only_loss"] = recipe["assistant_only_loss"] and marked
 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
@@ -346,7 +346,7 @@ summary = {
 with artifacts.stage(stages.SFT_TRAIN, config, out, [source, audited]) as folder:
     adapter = folder / "adapter"
     adapters.save_adapter(trainer.model, adapter, config, tokenizer, chat_template.text)
-    fresh = models.attach_adapter(models.load_weights("base", config, device, in_4bit), adapter)
+    fresh = PeftModel.from_pretrained(models.load_weights("base", config, device, in_4bit), adapter)
     probe = trainer.train_dataset[0]["input_ids"][:256]
     summary["reload_difference"] = adapters.logits_difference(trainer.model, fresh, probe, device)
     assert summary["reload_difference"] < 1e-3, "the saved adapter is not the trained one"

@@ -130,7 +130,9 @@ for discordant in (20, 40, 60, 100):
 #
 # The adapter comes from notebook 03, which is executed now if its result is missing. If
 # `model.adapter` names another adapter, by path or hub id, that one is evaluated and nothing is
-# trained.
+# trained. Before anything is generated, the adapter's weights are compared with those that its own
+# configuration implies for this base. An adapter that names another base is refused unless
+# `model.adapter_base` states that base.
 
 
 # %%
@@ -328,6 +330,7 @@ print(f"prompts needed to detect this effect with {seen['power']:.0%} power: {ne
 # %%
 origin = {"digest": artifacts.config_digest(config), "commit": session.commit()}
 origin |= {"data": config.eval.prompts, "hardware": devices.hardware(), "label": config.label}
+origin |= {"adapter": config.model.adapter, "adapter_base": config.model.adapter_base}
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
 results |= {"sensitivity": seen, "guardrails": guarded, "published": published, "origin": origin}
 

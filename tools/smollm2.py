@@ -58,6 +58,7 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source |= {"trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # transformers' GGUF reader ignores the "smollm" pre-tokenizer, which splits off each digit.
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -12,7 +12,7 @@ from typing import Any
 from atlas_lib import artifacts, bootstrap, devices, models, sources
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.devices import Device
-from atlas_lib.evaluate import decoding, ifeval_files, responses
+from atlas_lib.evaluate import adapter_check, decoding, ifeval_files, responses
 from atlas_lib.schema import Config
 
 ROLES = {"base": "base", "SFT": "base", "Instruct": "instruct"}  # the key of model: with weights
@@ -30,8 +30,11 @@ def load_model(name: str, config: Config, device: Device, adapter: str | Path) -
     weights = models.load_weights(ROLES[name], config, device, in_4bit)
     if name != "SFT":
         return weights
-    revision = config.model.adapter_revision
-    return models.attach_adapter(weights, adapter, revision, merge=not in_4bit)
+    from peft import PeftModel
+
+    place = sources.locate(str(adapter)) or adapter
+    adapted = PeftModel.from_pretrained(weights, place, revision=config.model.adapter_revision)
+    return adapted if in_4bit else adapted.merge_and_unload()
 
 
 def response_origin(
@@ -59,7 +62,11 @@ def response_origin(
 def generate_all(
     config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
 ) -> dict[tuple[str, str], list[dict]]:
-    """{(model, format): responses} of the whole grid; with several GPUs, one process per GPU."""
+    """{(model, format): responses} of the whole grid; with several GPUs, one process per GPU.
+
+    Raises ValueError, before any model responds, for an adapter that does not fit the base.
+    """
+    adapter_check.check_adapter(adapter, config)
     names, found = model_names(config), {}
     if (gpus := devices.gpu_count()) > 1:
         _generate_in_processes(names, config, adapter, out, gpus)

@@ -1,6 +1,7 @@
 """Save an adapter, and compare what was saved with what was trained."""
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ def save_adapter(
     lora = model.peft_config[model.active_adapter]
     lora.base_model_name_or_path, lora.revision = config.model.base, config.model.base_revision
     model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
+    # safetensors makes its file readable by the owner only, whatever the umask.
+    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
     (folder / "README.md").unlink(missing_ok=True)  # peft's stub; model_card writes the real one
     saved = copy.deepcopy(tokenizer)
     saved.chat_template = {"default": original_template, "training": tokenizer.chat_template}

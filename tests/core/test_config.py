@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atlas_lib import artifacts
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.config import load_config, parse_assignments
-from atlas_lib.schema import Config
+from atlas_lib.schema import BY_DEVICE, Config
 from atlas_lib.stages import STAGES
 
 RECIPE = "sft_qwen05b"
@@ -102,7 +102,7 @@ BELOW_ONE = ("lora.lora_dropout", "eval.alpha", "eval.clear_margin")
 @given(st.data())
 def test_any_number_round_trips_in_every_spelling(data):
     key = data.draw(st.sampled_from(sorted(NUMBERS)))
-    number = st.integers(1, 10**9)
+    number = st.integers(1, 4096 if key == "lora.r" else 10**9)
     if NUMBERS[key] is float:
         number = st.floats(1e-6, 0.999 if key in BELOW_ONE else 1e12)
     value = data.draw(number)
@@ -140,6 +140,9 @@ def test_a_typo_names_the_nearest_key(typo, nearest):
     assert repr(nearest) in refused({typo: 1})
 
 
+SEEDS = ("seed", "train.seed", "data.shuffle_seed", "offline.corpus_seed")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -162,6 +165,19 @@ def test_a_typo_names_the_nearest_key(typo, nearest):
         ("lora.target_modules", "q_proj", "list"),
         ("lora.bias", "some", "'none', 'all' or 'lora_only'"),
         ("train", 5, "dictionary"),
+        ("train.per_device_train_batch_size", 0, "greater than 0"),
+        ("train.gradient_accumulation_steps", 0, "greater than 0"),
+        ("train.num_train_epochs", 0, "greater than 0"),
+        ("train.num_train_epochs", -1, "greater than 0"),
+        ("train.max_steps", 0, "greater than 0"),
+        ("train.max_steps", -2, "greater than 0"),
+        ("train.max_length", 0, "greater than 0"),
+        ("train.learning_rate", -1.0, "greater than 0"),
+        ("train.train_sampling_strategy", "foo", "'random', 'sequential' or 'group_by_length'"),
+        ("lora.r", 10**20, "less than or equal to 4096"),
+        ("lora.lora_dropout", 1, "less than 1"),
+        *((key, -1, "greater than or equal to 0") for key in SEEDS),
+        *((key, 2**40, "less than 4294967296") for key in SEEDS),
     ],
 )
 def test_a_wrong_value_names_key_value_and_what_was_expected(key, value, expected):
@@ -200,10 +216,30 @@ def test_set_must_be_a_mapping(given, words):
     assert words in refused(given)
 
 
-def test_a_token_is_refused():
-    sentence = refused({"train.hub_token": "canary"})
-    assert "HF_TOKEN" in sentence
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hub_token", "canary", "set HF_TOKEN instead"),
+        ("push_to_hub", True, "set output.hub_repo instead"),
+        ("pad_token", "x", "set model.pad_token instead"),
+        ("eos_token", "x", "the chat template determines"),
+        *((key, True, "the hardware decides") for key in BY_DEVICE),
+        *((key, False, "the hardware decides") for key in BY_DEVICE),
+    ],
+)
+def test_an_argument_that_another_key_or_the_device_decides_is_refused(key, value, words):
+    sentence = refused({f"train.{key}": value})
+    assert sentence.startswith(f"train.{key} is refused: ")
+    assert words in sentence
     assert "canary" not in sentence
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_steps", -1), ("max_steps", 1), ("seed", 0)])
+def test_the_ends_of_a_range_are_accepted(key, value):
+    assert (
+        load_config(RECIPE, "", {f"train.{key}": value}).train.model_dump(exclude_unset=True)[key]
+        == value
+    )
 
 
 def test_a_resolved_configuration_cannot_be_changed():
@@ -320,10 +356,17 @@ def test_the_typed_keys_are_fields_of_trls_sftconfig():
 
 @pytest.mark.parametrize(
     ("key", "given", "value"),
-    [("weight_decay", "1e-2", 0.01), ("bf16", None, None), ("optim", "adamw_torch", "adamw_torch")],
+    [
+        ("weight_decay", "1e-2", 0.01),
+        ("optim_args", None, None),
+        ("optim", "adamw_torch", "adamw_torch"),
+    ],
 )
 def test_any_other_argument_of_sftconfig_has_its_type(key, given, value):
-    assert load_config(RECIPE, "", {f"train.{key}": given}).train.arguments()[key] == value
+    assert (
+        load_config(RECIPE, "", {f"train.{key}": given}).train.model_dump(exclude_unset=True)[key]
+        == value
+    )
 
 
 # --- the digest -----------------------------------------------------------------------------------

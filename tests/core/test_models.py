@@ -1,11 +1,18 @@
 """Loading the tokenizer and the weights; the precision rules on a CPU are only dtypes."""
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
+from checks import refusal
+from safetensors.torch import load_file, save_file
+from tiny import TINY
 
-from atlas_lib import devices, models
+from atlas_lib import devices, models, sources
+from atlas_lib.config import load_config
 
 CPU = devices.Device("cpu", "float32", "test")
 
@@ -20,5 +27,90 @@ def test_the_base_is_really_in_4_bit(tiny_config):
 
 def test_a_tokenizer_without_the_end_of_turn_is_refused():
     bare = SimpleNamespace(get_vocab=lambda: {"a": 0}, convert_tokens_to_ids=lambda tokens: [0, 0])
-    with pytest.raises(ValueError, match="needs both"):
+    with pytest.raises(ValueError, match=r"needs .* \(ids \[None, None\]\)"):
         models.stop_ids(bare)
+
+
+@pytest.fixture
+def folder(tiny_config, tmp_path) -> Path:
+    """A local model folder that a test may damage."""
+    base, _ = sources.fetch("embedded:base", None, tiny_config)
+    return Path(shutil.copytree(base, tmp_path / "mine"))
+
+
+def local(folder):
+    given = {"model.base": str(folder), "model.tokenizer": str(folder)}
+    return load_config("sft_qwen05b", "offline", TINY | given)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_settings(**values):
+    def plant(folder):
+        settings = json.loads((folder / "config.json").read_text("utf-8")) | values
+        (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+
+    return plant
+
+
+FAULTS = {
+    "empty": (empty, "config.json"),
+    "another vocab_size": (change_settings(vocab_size=1200), "('model.embed_tokens.weight', "),
+    "more layers": (
+        change_settings(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        "such as model.layers.2.",
+    ),
+    "a missing weight": (drop_a_weight, "such as model.layers.1.mlp.up_proj.weight"),
+    "cut weights": (cut, "model.safetensors cannot be loaded (Error while deserializing header"),
+}
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+@pytest.mark.parametrize(("plant", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_damaged_folder_is_refused(plant, words, in_4bit, folder):
+    plant(folder)
+    sentence = refusal(models.load_weights, "base", local(folder), CPU, in_4bit)
+    assert sentence.startswith(str(folder))
+    assert words in sentence
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    empty(folder)
+    sentence = refusal(models.load_tokenizer, local(folder))
+    assert sentence.startswith(f"{folder} cannot be loaded ")
+    assert "needs config.json, a tokenizer" in sentence
+
+
+def test_code_in_a_models_folder_is_never_run_nor_offered(folder, monkeypatch):
+    """Each class that transformers could load from code in the folder: config, model, tokenizer."""
+    code = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    code |= {"AutoTokenizer": ["evil.AutoTokenizer", None]}
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')", "utf-8")
+    change_settings(model_type="evil", auto_map=code)(folder)
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": code}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    for load in (
+        lambda: models.load_tokenizer(local(folder)),
+        lambda: models.load_weights("base", local(folder), CPU, False),
+    ):
+        sentence = refusal(load)
+        assert "contains custom code" in sentence
+        assert "runs no code" in sentence
+    assert not asked
+    assert not (folder / "ran").exists()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ifeval_cases import random_adapter
+from peft import PeftModel
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
@@ -94,7 +95,7 @@ def test_an_adapter_gives_the_same_responses_attached_and_merged(
 ):
     tokenizer = loaded[1]
     base = models.load_weights("base", config, DEVICE, False)
-    attached = models.attach_adapter(base, adapter)
+    attached = PeftModel.from_pretrained(base, adapter)
     expected = reference(form, attached)
     assert decoding.generate(attached, tokenizer, prompts, form, CAP, 7) == expected
     with attached.disable_adapter():
@@ -107,7 +108,7 @@ def test_an_adapter_gives_the_same_responses_attached_and_merged(
 def test_a_model_in_4_bit_gives_the_same_responses(config, loaded, prompts, adapter):
     tokenizer = loaded[1]
     base = models.load_weights("base", config, DEVICE, in_4bit=True)
-    attached = models.attach_adapter(base, adapter)
+    attached = PeftModel.from_pretrained(base, adapter)
     expected = [plainly(attached, tokenizer, text, "raw", 12) for text in prompts[:12]]
     assert decoding.generate(attached, tokenizer, prompts[:12], "raw", 12, 5) == expected
 

@@ -66,10 +66,11 @@ def test_two_processes_give_the_same_responses(
     assert "GPU 1 | SFT-raw" in shown
 
 
-def test_a_process_that_fails_is_named(config, tmp_path, monkeypatch):
+def test_a_process_that_fails_is_named(config, adapter, tmp_path, monkeypatch):
     list_gpus(tmp_path, monkeypatch, 2)
-    with pytest.raises(RuntimeError, match="The process on GPU 1 failed"):
-        generate_all(config, tmp_path / "no adapter here", tmp_path)
+    (tmp_path / grid.STORE).write_text("a file where the folder of responses belongs")
+    with pytest.raises(RuntimeError, match="The process on GPU 0 failed"):
+        generate_all(config, adapter, tmp_path)
 
 
 def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch):

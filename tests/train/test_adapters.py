@@ -2,12 +2,13 @@
 
 import copy
 import json
+import os
 import re
 
 import pytest
 import torch
 from checks import ROOT
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import TINY
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -60,8 +61,8 @@ def saved(tiny_config, tmp_path):
 def test_a_saved_adapter_gives_the_same_logits_and_another_does_not(saved, tiny_config):
     model, folder = saved
     base = models.load_weights("base", tiny_config, CPU, in_4bit=False)
-    merged = models.attach_adapter(copy.deepcopy(base), folder, merge=True)
-    again = models.attach_adapter(base, folder)
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload()
+    again = PeftModel.from_pretrained(base, folder)
     assert adapters.logits_difference(model, again, range(12), CPU) < 1e-6
     assert adapters.logits_difference(model, merged, range(12), CPU) < 1e-4
     with torch.no_grad():
@@ -81,6 +82,19 @@ def test_what_is_saved_beside_the_adapter(saved, tiny_config):
     assert tokenizer.chat_template["default"] == tokenizer.get_chat_template() == original
     assert "{%- generation %}" in tokenizer.chat_template["training"]
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_adapter_follows_the_umask(saved, tiny_config, tmp_path):
+    model, _ = saved
+    tokenizer = models.load_tokenizer(tiny_config)
+    for umask, expected in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            adapters.save_adapter(model, tmp_path / oct(umask), tiny_config, tokenizer, "")
+        finally:
+            os.umask(before)
+        files = [p for p in (tmp_path / oct(umask)).rglob("*") if p.is_file()]
+        assert {p.stat().st_mode & 0o777 for p in files} == {expected}
 
 
 def python_block(text: str) -> str:
