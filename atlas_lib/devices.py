@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from atlas_lib.schema import Config
 
@@ -32,11 +34,16 @@ def free_bytes(device: Device) -> int:
 
 
 def hardware() -> str:
-    """The GPU's name if torch is loaded and sees one, else the processor's kind and cores."""
+    """The GPU's name if torch is loaded and sees one, else the processor and its instructions."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")
+    listed = cpuinfo.read_text("utf-8") if cpuinfo.is_file() else ""
+    model = re.findall(r"^model name\s*: (.+)$", listed, flags=re.MULTILINE)[:1]
+    vectors = [torch.backends.cpu.get_cpu_capability()] if torch else []
+    cores = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return ", ".join([*model, cores, *vectors])  # results differ between processors
 
 
 def gpu_available(config: Config) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas_lib import artifacts, session, stages
-from atlas_lib.bootstrap import NOTEBOOKS, ROOT, platform_name
+from atlas_lib.bootstrap import NOTEBOOKS, platform_name
 from atlas_lib.config import load_config
 from atlas_lib.schema import Config
 
@@ -31,6 +31,9 @@ def start(
 
     config = load_config(config_name, overlay, overrides)
     folder = session.output_folder(out, config_name, overlay)
+    if session.NESTED not in os.environ and (folder / session.LOCK).is_file():
+        with session.reserve(folder):  # only a look: a notebook may stay open for hours
+            pass
     session.export_secrets()
     stage = name if name in stages.STAGES else stages.IFEVAL_EVAL  # a report is no stage
     stamp = {
@@ -91,11 +94,15 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> Path:
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
-                cwd=str(ROOT),
                 extra_arguments=["--log-level=ERROR"],  # the kernel's own messages
             )
-    except (DeadKernelError, PapermillExecutionError) as error:
-        reason = "its process was killed or ran out of memory; run it again to continue"
+    except (RuntimeError, PapermillExecutionError) as error:
+        reason = (
+            f"its process did not start ({error}): the machine is overloaded or out of memory, or "
+            "its loopback interface is down (`ip link set lo up`); then run it again"
+        )
+        if isinstance(error, DeadKernelError):
+            reason = "its process was killed or ran out of memory; run it again to continue"
         if isinstance(error, PapermillExecutionError):
             reason = f"{error.evalue} ({error.ename}; the executed notebook is {target})"
         raise RuntimeError(f"{name} stopped: {reason}.") from None

@@ -6,8 +6,12 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from atlas_lib import devices
 from atlas_lib.bootstrap import ROOT, installed, platform_name
@@ -16,6 +20,7 @@ NESTED = "ATLAS_NESTED"  # set in a notebook that another process runs: Colab wo
 KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # elsewhere only in tests
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 PACKAGES += ("lm_eval",)  # their versions decide a result
+LOCK = ".lock"  # in OUT; it names the process that holds it
 
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
@@ -25,9 +30,7 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     folder = Path(out) if out else KAGGLE / "working" if platform_name() == "kaggle" else default
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # has no name that a kill could leave behind
     except OSError as error:
         raise ValueError(
             f"OUT {folder} cannot be written to ({error.strerror}); choose another."
@@ -35,26 +38,45 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     return folder.resolve()
 
 
+def reserve(out: Path) -> contextlib.AbstractContextManager:
+    """Keep other runs out of OUT until the context is left. Raises ValueError with the holder."""
+    path = out / LOCK
+    try:
+        held = filelock.FileLock(path).acquire(blocking=False)
+    except filelock.Timeout:
+        holder = path.read_text("utf-8") or "another process"
+        raise ValueError(
+            f"OUT {out} is in use by {holder}; wait for it to end, or choose another OUT."
+        ) from None
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    path.write_text(f"process {os.getpid()} on {platform.node()} since {since}", "utf-8")
+    return held
+
+
 def commit() -> str:
     """12 digits of the checkout's commit, else of the packed or installed library's.
 
-    With "-dirty" if there are uncommitted changes; "unknown" if no commit is recorded.
+    With "-dirty" if there are uncommitted changes; "unknown" if no commit is recorded, with git's
+    reason if it refuses this checkout, as it does for one of another user.
     """
+    refusal = ""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    try:
         if (ROOT / ".git").exists():
             changed = "-dirty" if git("status", "--porcelain") else ""
             return git("rev-parse", "--short=12", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError) as error:
+        refusal = " ".join((getattr(error, "stderr", "") or str(error)).split())
     if "ATLAS_COMMIT" in os.environ:  # set by the cell that unpacks a kernel's payload
         return os.environ["ATLAS_COMMIT"]
     with contextlib.suppress(Exception):  # pip records where a package came from
         origin = importlib.metadata.distribution("atlas-sft").read_text("direct_url.json")
         return json.loads(origin)["vcs_info"]["commit_id"][:12]
-    return "unknown"
+    return f"unknown ({refusal})" if refusal else "unknown"
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from atlas_lib import artifacts, audit
+from atlas_lib import artifacts, audit, session
 from atlas_lib.bootstrap import ROOT
 from atlas_lib.config import load_config
 from atlas_lib.notebooks import STAMP, cell_sources
@@ -52,6 +52,8 @@ def collect_files(
     A run has the four stages or, as a sweep's report does, a notebook and no metrics. Published
     notebooks must match HEAD; with `metrics_only`, the commit that they ran at.
     """
+    if (here := session.commit()).startswith("unknown"):
+        raise ValueError(f"The commit of this checkout is {here}.")
     paths = {path.stem: path for path in sorted((run / "notebooks").glob("*.ipynb"))}
     missing = STAGES.keys() - paths.keys()
     if not paths or (missing and (metrics_only or len(missing) < len(STAGES))):

@@ -5,36 +5,55 @@ python -m tools.run 03_sft_train --set train.learning_rate=1e-4 --force
 """
 
 import argparse
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
-from atlas_lib import artifacts, devices, notebooks, session
-from atlas_lib.config import load_config, parse_assignments
-from atlas_lib.schema import Config
-from atlas_lib.stages import STAGES
+try:
+    import platformdirs
 
+    from atlas_lib import artifacts, devices, notebooks, session
+    from atlas_lib.config import load_config, parse_assignments
+    from atlas_lib.schema import Config
+    from atlas_lib.stages import IFEVAL_EVAL, STAGES
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; install the environment again: `rm -rf .venv && make setup`.")
+
+CONTINUES = "the same command continues at the unfinished stage."
+FULL = 1_000_000  # bytes: a disk with less left is full
 LISTED = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
 def main() -> None:
     args = parse_arguments()
     try:
-        overrides = parse_assignments(args.set)
-        config = load_config(args.config, args.overlay, overrides)
-        out = session.output_folder(args.out, args.config, args.overlay)
-        if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
-            devices.gpu_available(config)  # before anything is downloaded
-        parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
+        run_notebooks(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(f"error: the reader of the output has ended; {CONTINUES}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}{disk_advice(error, Path(args.out))}")
+    except KeyboardInterrupt:
+        print(f"error: interrupted; {CONTINUES}", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_notebooks(args: argparse.Namespace) -> None:
+    """Run the stages, then print the metrics and where the results are."""
+    overrides = parse_assignments(args.set)
+    config = load_config(args.config, args.overlay, overrides)
+    out = session.output_folder(args.out, args.config, args.overlay)
+    if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
+        devices.gpu_available(config)  # before anything is downloaded
+    parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
+    with session.reserve(out):
         for stage in args.stages:
             run_stage(stage, config, out, parameters, args.force)
-        if (out / "metrics.json").is_file():
-            print(metrics_table(artifacts.read_json(out / "metrics.json")))
-        print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command continues at the unfinished stage.")
+        if metrics := current_metrics(config, out):
+            print(metrics_table(metrics))
+    print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,6 +95,31 @@ def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"out of date ({error})"
     return None
+
+
+def current_metrics(config: Config, out: Path) -> list[dict]:
+    """The rows of metrics.json, which is rebuilt if it is not what stage 04 measured."""
+    if why_not_reused(IFEVAL_EVAL, config, out):
+        return []
+    measured, path = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json"), out / "metrics.json"
+    rows = [row | measured["origin"] for row in measured["metrics"]]
+    try:
+        intact = artifacts.read_json(path) == rows
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        artifacts.write_json(path, rows)
+    return rows
+
+
+def disk_advice(error: Exception, out: Path) -> str:
+    """Which disk to free if one is full; most libraries do not name it, some not even the cause."""
+    places = (out, Path(os.environ.get("TMPDIR", "/tmp")), platformdirs.user_cache_path())
+    disks = [(shutil.disk_usage(place).free, str(place)) for place in places if place.exists()]
+    free, place = min(disks)
+    if free > FULL and "No space left" not in str(error):
+        return ""
+    return f" The disk of {place} is full ({free:,} bytes left): free some space; {CONTINUES}"
 
 
 def metrics_table(metrics: list[dict]) -> str:
