@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ValidationError, create_model
@@ -19,19 +19,17 @@ from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.schema import Config, Section, Train, flatten
 
 S = TypeVar("S", bound=Section)
-# Numbers that YAML 1.2 reads as decimal, but PyYAML as octal (010) or as text (1e3).
 DECIMAL = re.compile(r"[-+]?(0\d+|\d+(\.\d*)?[eE][-+]?\d+)$")
 MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
 
 
 class DecimalLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that reads 010 as 10 and 1e3 as 1000."""
+    """Reads 010 as 10 (not octal) and 1e3 as 1000 (not text), as YAML 1.2 does."""
 
-
-DecimalLoader.yaml_implicit_resolvers = {
-    first: [("tag:yaml.org,2002:float", DECIMAL), *resolvers]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+    yaml_implicit_resolvers: ClassVar = {
+        first: [("tag:yaml.org,2002:float", DECIMAL), *resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load_config(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:

@@ -38,8 +38,7 @@ def hardware() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    cpuinfo = Path("/proc/cpuinfo")
-    listed = cpuinfo.read_text("utf-8") if cpuinfo.is_file() else ""
+    listed = Path("/proc/cpuinfo").read_text("utf-8") if sys.platform == "linux" else ""
     model = re.findall(r"^model name\s*: (.+)$", listed, flags=re.MULTILINE)[:1]
     vectors = [torch.backends.cpu.get_cpu_capability()] if torch else []
     cores = f"{platform.machine()} CPU, {os.cpu_count()} cores"

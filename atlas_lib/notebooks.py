@@ -97,10 +97,8 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> Path:
                 extra_arguments=["--log-level=ERROR"],  # the kernel's own messages
             )
     except (RuntimeError, PapermillExecutionError) as error:
-        reason = (
-            f"its process did not start ({error}): the machine is overloaded or out of memory, or "
-            "its loopback interface is down (`ip link set lo up`); then run it again"
-        )
+        reason = f"its process did not start ({error}); run it again when the machine is less "
+        reason += "busy, and if its loopback interface is down, after `ip link set lo up`"
         if isinstance(error, DeadKernelError):
             reason = "its process was killed or ran out of memory; run it again to continue"
         if isinstance(error, PapermillExecutionError):
@@ -119,16 +117,12 @@ def _forwarding_sigterm() -> Iterator[None]:
     def forward(number, frame):
         kernels = psutil.Process().children()
         for kernel in kernels:
-            kernel.send_signal(signal.SIGTERM)
+            kernel.send_signal(number)
         if not kernels:
-            signal.signal(signal.SIGTERM, before)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, before)
+            os.kill(os.getpid(), number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, forward)
-    except ValueError:  # only the main thread can handle signals
-        yield
-        return
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         yield
     finally:
@@ -142,25 +136,3 @@ def keep(name: str, out: Path) -> None:
         return
     text = running.read_text(encoding="utf-8")
     artifacts.write_lines(out / "notebooks" / f"{name}.ipynb", [text.rstrip("\n")])
-
-
-def ran_through(name: str, out: Path) -> bool:
-    """Whether out/notebooks has this notebook with the same code, executed without an error."""
-    try:
-        executed = artifacts.read_json(out / "notebooks" / f"{name}.ipynb")
-        run = executed["metadata"]["papermill"]
-        source = artifacts.read_json(NOTEBOOKS / f"{name}.ipynb")
-    except (OSError, ValueError, KeyError):
-        return False
-    done = bool(run["end_time"]) and not run["exception"]
-    return done and cell_sources(executed, ("code",)) == cell_sources(source, ("code",))
-
-
-def cell_sources(notebook: dict, kinds: tuple[str, ...] = ("code", "markdown")) -> list[str]:
-    """The sources of the cells of these kinds, without the cell that papermill injected."""
-    return [
-        "".join(cell["source"])
-        for cell in notebook["cells"]
-        if cell["cell_type"] in kinds
-        and "injected-parameters" not in cell["metadata"].get("tags", [])
-    ]

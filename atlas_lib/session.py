@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -57,26 +58,23 @@ def commit() -> str:
     """12 digits of the checkout's commit, else of the packed or installed library's.
 
     With "-dirty" if there are uncommitted changes; "unknown" if no commit is recorded, with git's
-    reason if it refuses this checkout, as it does for one of another user.
+    reason if it refuses this checkout.
     """
-    refusal = ""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if (ROOT / ".git").exists():
-            changed = "-dirty" if git("status", "--porcelain") else ""
-            return git("rev-parse", "--short=12", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError) as error:
-        refusal = " ".join((getattr(error, "stderr", "") or str(error)).split())
+    reason = ""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "status", "--porcelain=v2", "--branch"]
+        status = subprocess.run(command, capture_output=True, text=True)
+        if status.returncode == 0:
+            head, *lines = status.stdout.splitlines()
+            changed = any(not line.startswith("#") for line in lines)
+            return head.split()[-1][:12] + ("-dirty" if changed else "")
+        reason = f" ({' '.join(status.stderr.split())})"
     if "ATLAS_COMMIT" in os.environ:  # set by the cell that unpacks a kernel's payload
         return os.environ["ATLAS_COMMIT"]
     with contextlib.suppress(Exception):  # pip records where a package came from
         origin = importlib.metadata.distribution("atlas-sft").read_text("direct_url.json")
         return json.loads(origin)["vcs_info"]["commit_id"][:12]
-    return f"unknown ({refusal})" if refusal else "unknown"
+    return f"unknown{reason}"
 
 
 def versions() -> dict[str, str]:

@@ -19,9 +19,10 @@ import yaml
 from atlas_lib import artifacts, audit, session
 from atlas_lib.bootstrap import ROOT
 from atlas_lib.config import load_config
-from atlas_lib.notebooks import STAMP, cell_sources
+from atlas_lib.notebooks import STAMP
 from atlas_lib.stages import IFEVAL_EVAL, STAGES, TEMPLATE_AUDIT
 from tools import leaks
+from tools.run import cell_sources
 
 RESULTS = ROOT / "results"
 LARGEST = 1_000_000  # characters of a file

@@ -87,7 +87,7 @@ def run_stage(stage: str, config: Config, out: Path, parameters: dict, force: bo
 def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     """Why the stage has to run, or None if its folder matches config, inputs and files."""
     folder = out / stage
-    if not (folder / artifacts.MANIFEST).is_file() or not notebooks.ran_through(stage, out):
+    if not (folder / artifacts.MANIFEST).is_file() or not ran_through(stage, out):
         return "not run yet, or not to its end"
     try:
         inputs = artifacts.read_manifest(folder)["inputs"]
@@ -95,6 +95,28 @@ def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"out of date ({error})"
     return None
+
+
+def ran_through(name: str, out: Path) -> bool:
+    """Whether out/notebooks has this notebook with the same code, executed without an error."""
+    try:
+        executed = artifacts.read_json(out / "notebooks" / f"{name}.ipynb")
+        ending = executed["metadata"]["papermill"]
+        source = artifacts.read_json(notebooks.NOTEBOOKS / f"{name}.ipynb")
+    except (OSError, ValueError, KeyError):
+        return False
+    codes = [cell_sources(notebook, ("code",)) for notebook in (executed, source)]
+    return bool(ending["end_time"]) and not ending["exception"] and codes[0] == codes[1]
+
+
+def cell_sources(notebook: dict, kinds: tuple[str, ...]) -> list[str]:
+    """The sources of the cells of these kinds, without the cell that papermill injected."""
+    return [
+        "".join(cell["source"])
+        for cell in notebook["cells"]
+        if cell["cell_type"] in kinds
+        and "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
 
 
 def current_metrics(config: Config, out: Path) -> list[dict]:

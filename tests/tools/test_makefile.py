@@ -13,7 +13,7 @@ PYTHON = """#!/bin/sh
 echo "$@" >> "$LOG"
 case "$*" in
   *missing*) exit "$LACKS" ;;
-  "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
 esac
 """
 INSTALL = "-m pip install --quiet --disable-pip-version-check -r requirements.txt"
