@@ -19,7 +19,7 @@ from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.schema import Config, Section, Train, flatten
 
 S = TypeVar("S", bound=Section)
-DECIMAL = re.compile(r"[-+]?(0\d+|\d+(\.\d*)?[eE][-+]?\d+)$")
+DECIMAL = re.compile(r"[-+]?(0\d+|\d+(\.\d*)?[eE][-+]?\d{1,3})$")
 MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
 
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,10 +38,9 @@ def hardware() -> str:
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     listed = Path("/proc/cpuinfo").read_text("utf-8") if sys.platform == "linux" else ""
-    model = re.findall(r"^model name\s*: (.+)$", listed, flags=re.MULTILINE)[:1]
+    model = [line[13:] for line in listed.splitlines() if line.startswith("model name\t: ")][:1]
     vectors = [torch.backends.cpu.get_cpu_capability()] if torch else []
-    cores = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    return ", ".join([*model, cores, *vectors])  # results differ between processors
+    return ", ".join([*model, f"{platform.machine()} CPU", f"{os.cpu_count()} cores", *vectors])
 
 
 def gpu_available(config: Config) -> bool:

@@ -32,8 +32,7 @@ def start(
     config = load_config(config_name, overlay, overrides)
     folder = session.output_folder(out, config_name, overlay)
     if session.NESTED not in os.environ and (folder / session.LOCK).is_file():
-        with session.reserve(folder):  # only a look: a notebook may stay open for hours
-            pass
+        session.reserve(folder).lock.release()  # only a look: a notebook may stay open for hours
     session.export_secrets()
     stage = name if name in stages.STAGES else stages.IFEVAL_EVAL  # a report is no stage
     stamp = {

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ NESTED = "ATLAS_NESTED"  # set in a notebook that another process runs: Colab wo
 KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # elsewhere only in tests
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 PACKAGES += ("lm_eval",)  # their versions decide a result
-LOCK = ".lock"  # in OUT; it names the process that holds it
+LOCK = ".lock"  # in OUT; its holder, tools.run, writes there who it is
 
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
@@ -41,40 +40,32 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
 
 def reserve(out: Path) -> contextlib.AbstractContextManager:
     """Keep other runs out of OUT until the context is left. Raises ValueError with the holder."""
-    path = out / LOCK
     try:
-        held = filelock.FileLock(path).acquire(blocking=False)
+        return filelock.FileLock(out / LOCK).acquire(blocking=False)
     except filelock.Timeout:
-        holder = path.read_text("utf-8") or "another process"
-        raise ValueError(
-            f"OUT {out} is in use by {holder}; wait for it to end, or choose another OUT."
-        ) from None
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    path.write_text(f"process {os.getpid()} on {platform.node()} since {since}", "utf-8")
-    return held
+        holder = (out / LOCK).read_text("utf-8")
+        raise ValueError(f"OUT {out} is in use {holder}; wait, or choose another OUT.") from None
 
 
 def commit() -> str:
     """12 digits of the checkout's commit, else of the packed or installed library's.
 
-    With "-dirty" if there are uncommitted changes; "unknown" if no commit is recorded, with git's
-    reason if it refuses this checkout.
+    With "-dirty" if there are uncommitted changes; "unknown", with git's reason, if there is none.
     """
-    reason = ""
     if (ROOT / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(ROOT), "status", "--porcelain=v2", "--branch"]
         status = subprocess.run(command, capture_output=True, text=True)
-        if status.returncode == 0:
-            head, *lines = status.stdout.splitlines()
-            changed = any(not line.startswith("#") for line in lines)
-            return head.split()[-1][:12] + ("-dirty" if changed else "")
-        reason = f" ({' '.join(status.stderr.split())})"
+        if status.returncode:
+            return f"unknown ({' '.join(status.stderr.split())})"
+        head, *lines = status.stdout.splitlines()
+        changed = any(not line.startswith("#") for line in lines)
+        return head.split()[-1][:12] + ("-dirty" if changed else "")
     if "ATLAS_COMMIT" in os.environ:  # set by the cell that unpacks a kernel's payload
         return os.environ["ATLAS_COMMIT"]
     with contextlib.suppress(Exception):  # pip records where a package came from
         origin = importlib.metadata.distribution("atlas-sft").read_text("direct_url.json")
         return json.loads(origin)["vcs_info"]["commit_id"][:12]
-    return f"unknown{reason}"
+    return "unknown"
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ python -m tools.run 03_sft_train --set train.learning_rate=1e-4 --force
 
 import argparse
 import os
+import platform
 import shutil
 import sys
 import time
@@ -34,7 +35,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         sys.exit(f"error: the reader of the output has ended; {CONTINUES}")
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}{disk_advice(error, Path(args.out))}")
+        sys.exit(f"error: {sentence_of(error, Path(args.out))}")
     except KeyboardInterrupt:
         print(f"error: interrupted; {CONTINUES}", file=sys.stderr)
         sys.exit(130)
@@ -49,6 +50,8 @@ def run_notebooks(args: argparse.Namespace) -> None:
         devices.gpu_available(config)  # before anything is downloaded
     parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
     with session.reserve(out):
+        holder = f"by process {os.getpid()} on {platform.node()} since {time.asctime()}"
+        (out / session.LOCK).write_text(holder, "utf-8")
         for stage in args.stages:
             run_stage(stage, config, out, parameters, args.force)
         if metrics := current_metrics(config, out):
@@ -134,14 +137,15 @@ def current_metrics(config: Config, out: Path) -> list[dict]:
     return rows
 
 
-def disk_advice(error: Exception, out: Path) -> str:
-    """Which disk to free if one is full; most libraries do not name it, some not even the cause."""
+def sentence_of(error: Exception, out: Path) -> str:
+    """The error, and which disk is full: most libraries do not name it, some not even the cause."""
     places = (out, Path(os.environ.get("TMPDIR", "/tmp")), platformdirs.user_cache_path())
     disks = [(shutil.disk_usage(place).free, str(place)) for place in places if place.exists()]
     free, place = min(disks)
     if free > FULL and "No space left" not in str(error):
-        return ""
-    return f" The disk of {place} is full ({free:,} bytes left): free some space; {CONTINUES}"
+        return str(error)
+    full = f"The disk of {place} is full ({free:,} bytes left); free some space, then {CONTINUES}"
+    return f"{str(error).removesuffix('.')}. {full}"
 
 
 def metrics_table(metrics: list[dict]) -> str:

@@ -113,7 +113,8 @@ def test_a_notebook_opened_while_a_run_is_in_its_out_is_refused(tmp_path, monkey
     notebooks.start(*given)
     assert list(tmp_path.iterdir()) == []  # alone, it holds nothing
     with session.reserve(tmp_path):
-        assert f"in use by process {os.getpid()} on " in refusal(notebooks.start, *given)
+        (tmp_path / session.LOCK).write_text("by process 7")
+        assert f"OUT {tmp_path} is in use by process 7; " in refusal(notebooks.start, *given)
         monkeypatch.setenv(session.NESTED, "1")  # the run's own notebooks
         notebooks.start(*given)
     monkeypatch.delenv(session.NESTED)

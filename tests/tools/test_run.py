@@ -171,28 +171,28 @@ def stderr_line(done: subprocess.CompletedProcess) -> str:
 
 
 def test_a_second_run_in_the_same_out_says_who_holds_it(out):
-    with session.reserve(out):
-        sentence = stderr_line(run_python("-m", "tools.run", FIRST, "--out", out))
-    assert sentence.startswith(f"error: OUT {out} is in use by process {os.getpid()} on ")
-    assert f"{platform.node()} since 20" in sentence
     done = run_python("-m", "tools.run", FIRST, "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"results in {out}: notebooks, {SECOND}"
+    with session.reserve(out):
+        sentence = stderr_line(run_python("-m", "tools.run", FIRST, "--out", out))
+    assert sentence.startswith(f"error: OUT {out} is in use by process ")
+    assert f" on {platform.node()} since " in sentence
 
 
-HOLD = """
-import pathlib, sys, time
-from atlas_lib import session
-with session.reserve(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
+# A run that stays in its first stage.
+STAY = """
+import sys, time
+from tools import run
+run.run_stage = lambda *_: print("running", flush=True) or time.sleep(600)
+run.main()
 """
 
 
-def test_a_killed_run_holds_its_out_no_longer(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+def test_a_run_holds_its_out_until_it_is_killed(tmp_path):
+    command = [sys.executable, "-c", STAY, FIRST, "--out", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+        assert holder.stdout.readline() == "running\n"
         with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
             session.reserve(tmp_path)
         holder.send_signal(signal.SIGKILL)
@@ -250,8 +250,8 @@ def test_a_full_disk_is_named_with_the_next_step(tmp_path, monkeypatch):
     full = OSError(28, "No space left on device")
     for error, least in ((full, run.FULL), (RuntimeError("unexpected pos 64 vs 0"), 2**62)):
         monkeypatch.setattr(run, "FULL", least)
-        sentence = run.disk_advice(error, tmp_path)
-        assert sentence.startswith(" The disk of /")
-        assert "free some space; the same command continues" in sentence
+        sentence = run.sentence_of(error, tmp_path)
+        assert sentence.startswith(f"{error}. The disk of /")
+        assert "free some space, then the same command continues" in sentence
     monkeypatch.setattr(run, "FULL", 0)
-    assert run.disk_advice(RuntimeError("another cause"), tmp_path) == ""
+    assert run.sentence_of(RuntimeError("another cause."), tmp_path) == "another cause."
