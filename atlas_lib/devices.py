@@ -37,8 +37,8 @@ def hardware() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    listed = Path("/proc/cpuinfo").read_text("utf-8") if sys.platform == "linux" else ""
-    model = [line[13:] for line in listed.splitlines() if line.startswith("model name\t: ")][:1]
+    listed = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    model = [line.partition(": ")[2] for line in listed if line.startswith("model name")][:1]
     vectors = [torch.backends.cpu.get_cpu_capability()] if torch else []
     return ", ".join([*model, f"{platform.machine()} CPU", f"{os.cpu_count()} cores", *vectors])
 
