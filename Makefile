@@ -5,7 +5,11 @@ BIN := .venv/bin
 NOTEBOOKS := $(BIN)/python -m tools.run
 .DEFAULT_GOAL := run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
-  sweep publish site bench clean
+  sweep publish site bench clean damaged
+# Prerequisite of a new installation if Python is gone or a package is missing.
+DAMAGED := $(shell $(BIN)/python -c \
+  'import sys; from atlas_lib import bootstrap; sys.exit(bool(bootstrap.missing()))' \
+  2>/dev/null || echo damaged)
 
 setup: .venv/run.stamp  ## install what the notebooks need
 
@@ -62,11 +66,11 @@ bench: .venv/dev.stamp  ## measure speed and memory; JSON into results/
 clean:                  ## delete runs/ and build/, keep the environment
 	rm -rf runs build
 
-.venv/run.stamp: requirements.txt
+.venv/run.stamp: requirements.txt $(DAMAGED)
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else \
 	  "Atlas needs Python 3.11 to 3.13 and python3 is %d.%d; name another: make PYTHON=python3.12" \
 	  % sys.version_info[:2])'
-	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing requirements.txt into .venv (once; about 2 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m atlas_lib.ifeval punkt

@@ -6,9 +6,10 @@ python -m atlas_lib.config sft_qwen05b --set lora.r=8     # print the resolved c
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ValidationError, create_model
@@ -18,7 +19,17 @@ from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.schema import REFUSED, Config, Section, Train, flatten
 
 S = TypeVar("S", bound=Section)
+DECIMAL = re.compile(r"[-+]?(0\d+|\d+(\.\d*)?[eE][-+]?\d{1,3})$")
 MISSING_KEY = "No layer sets {key!r}; CONFIG must be a whole recipe such as sft_qwen05b."
+
+
+class DecimalLoader(yaml.SafeLoader):
+    """Reads 010 as 10 (not octal) and 1e3 as 1000 (not text), as YAML 1.2 does."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [("tag:yaml.org,2002:float", DECIMAL), *resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load_config(name: str, overlay: str = "", overrides: dict | str | None = None) -> Config:
@@ -61,6 +72,7 @@ def validate(schema: type[S], values: dict, missing: str = MISSING_KEY) -> S:
     expected = problem["msg"].replace("Input should", "it should").removeprefix("Value error, ")
     sentence = f"{key} is {value!r} ({type(value).__name__}); {expected}."
     if problem["type"] == "extra_forbidden":
+        key = ".".join(map(str, problem["loc"]))
         nearest = _nearest_key(key, list(_known_keys(schema)))
         sentence = f"Unknown key {key!r}; the nearest known one is {nearest!r}."
     raise ValueError(missing.format(key=key) if problem["type"] == "missing" else sentence)
@@ -90,11 +102,11 @@ def overlay_layer(overlay: str, overrides: dict[str, Any]) -> dict:
 
 
 def _read_layer(name: str) -> dict:
-    path = CONFIGS / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
-        raise ValueError(f"Unknown config {name!r}; there are: {', '.join(known)}.")
-    return parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    layers = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if name not in layers:
+        known = ", ".join(name for name in layers if name != "base")
+        raise ValueError(f"Unknown config {name!r}; there are: {known}.")
+    return parse_yaml(layers[name].read_text(encoding="utf-8"), str(layers[name])) or {}
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[dict]:
@@ -109,8 +121,10 @@ def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[dict]:
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML `text`. Raises ValueError that names the source."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, DecimalLoader)
+        json.dumps(value, default=str, skipkeys=True)  # refuses a value that contains itself
+        return value
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ValueError(f"{source} is not YAML: {problem}; check brackets and quotes.") from None
 

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from atlas_lib.schema import Config
 
@@ -32,11 +33,14 @@ def free_bytes(device: Device) -> int:
 
 
 def hardware() -> str:
-    """The GPU's name if torch is loaded and sees one, else the processor's kind and cores."""
+    """The GPU's name if torch is loaded and sees one, else the processor and its instructions."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    listed = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    model = [line.partition(": ")[2] for line in listed if line.startswith("model name")][:1]
+    vectors = [torch.backends.cpu.get_cpu_capability()] if torch else []
+    return ", ".join([*model, f"{platform.machine()} CPU", f"{os.cpu_count()} cores", *vectors])
 
 
 def gpu_available(config: Config) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas_lib import artifacts, session, stages
-from atlas_lib.bootstrap import NOTEBOOKS, ROOT, platform_name
+from atlas_lib.bootstrap import NOTEBOOKS, platform_name
 from atlas_lib.config import load_config
 from atlas_lib.schema import Config
 
@@ -32,6 +32,8 @@ def start(
 
     config = load_config(config_name, overlay, overrides)
     folder = session.output_folder(out, config_name, overlay)
+    if session.NESTED not in os.environ and (folder / session.LOCK).is_file():
+        session.reserve(folder).lock.release()  # only a look: a notebook may stay open for hours
     session.export_secrets()
     stage = name if name in stages.STAGES else stages.IFEVAL_EVAL  # a report is no stage
     stamp = {
@@ -98,11 +100,13 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> Path:
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
-                cwd=str(ROOT),
                 extra_arguments=["--log-level=ERROR"],  # the kernel's own messages
             )
-    except (DeadKernelError, PapermillExecutionError) as error:
-        reason = "its process was killed or ran out of memory; run it again to continue"
+    except (RuntimeError, PapermillExecutionError) as error:
+        reason = f"its process did not start ({error}); run it again when the machine is less "
+        reason += "busy, and if its loopback interface is down, after `ip link set lo up`"
+        if isinstance(error, DeadKernelError):
+            reason = "its process was killed or ran out of memory; run it again to continue"
         if isinstance(error, PapermillExecutionError):
             reason = f"{error.evalue} ({error.ename}; the executed notebook is {target})"
         raise RuntimeError(f"{name} stopped: {reason}.") from None
@@ -119,16 +123,12 @@ def _forwarding_sigterm() -> Iterator[None]:
     def forward(number, frame):
         kernels = psutil.Process().children()
         for kernel in kernels:
-            kernel.send_signal(signal.SIGTERM)
+            kernel.send_signal(number)
         if not kernels:
-            signal.signal(signal.SIGTERM, before)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, before)
+            os.kill(os.getpid(), number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, forward)
-    except ValueError:  # only the main thread can handle signals
-        yield
-        return
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         yield
     finally:
@@ -142,25 +142,3 @@ def keep(name: str, out: Path) -> None:
         return
     text = running.read_text(encoding="utf-8")
     artifacts.write_lines(out / "notebooks" / f"{name}.ipynb", [text.rstrip("\n")])
-
-
-def ran_through(name: str, out: Path) -> bool:
-    """Whether out/notebooks has this notebook with the same code, executed without an error."""
-    try:
-        executed = artifacts.read_json(out / "notebooks" / f"{name}.ipynb")
-        run = executed["metadata"]["papermill"]
-        source = artifacts.read_json(NOTEBOOKS / f"{name}.ipynb")
-    except (OSError, ValueError, KeyError):
-        return False
-    done = bool(run["end_time"]) and not run["exception"]
-    return done and cell_sources(executed, ("code",)) == cell_sources(source, ("code",))
-
-
-def cell_sources(notebook: dict, kinds: tuple[str, ...] = ("code", "markdown")) -> list[str]:
-    """The sources of the cells of these kinds, without the cell that papermill injected."""
-    return [
-        "".join(cell["source"])
-        for cell in notebook["cells"]
-        if cell["cell_type"] in kinds
-        and "injected-parameters" not in cell["metadata"].get("tags", [])
-    ]

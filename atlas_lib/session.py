@@ -5,9 +5,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from atlas_lib import devices
 from atlas_lib.bootstrap import ROOT, installed, platform_name
@@ -16,6 +20,7 @@ NESTED = "ATLAS_NESTED"  # set in a notebook that another process runs: Colab wo
 KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # elsewhere only in tests
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 PACKAGES += ("lm_eval",)  # their versions decide a result
+LOCK = ".lock"  # in OUT; its holder, tools.run, writes there who it is
 
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
@@ -25,9 +30,7 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     folder = Path(out) if out else KAGGLE / "working" if platform_name() == "kaggle" else default
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # has no name that a kill could leave behind
     except OSError as error:
         raise ValueError(
             f"OUT {folder} cannot be written to ({error.strerror}); choose another."
@@ -35,20 +38,28 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     return folder.resolve()
 
 
+def reserve(out: Path) -> contextlib.AbstractContextManager:
+    """Keep other runs out of OUT until the context is left. Raises ValueError with the holder."""
+    try:
+        return filelock.FileLock(out / LOCK).acquire(blocking=False)
+    except filelock.Timeout:
+        holder = (out / LOCK).read_text("utf-8")
+        raise ValueError(f"OUT {out} is in use {holder}; wait, or choose another OUT.") from None
+
+
 def commit() -> str:
     """12 digits of the checkout's commit, else of the packed or installed library's.
 
-    With "-dirty" if there are uncommitted changes; "unknown" if no commit is recorded.
+    With "-dirty" if there are uncommitted changes; "unknown", with git's reason, if there is none.
     """
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if (ROOT / ".git").exists():
-            changed = "-dirty" if git("status", "--porcelain") else ""
-            return git("rev-parse", "--short=12", "HEAD") + changed
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "status", "--porcelain=v2", "--branch"]
+        status = subprocess.run(command, capture_output=True, text=True)
+        if status.returncode:
+            return f"unknown ({' '.join(status.stderr.split())})"
+        head, *lines = status.stdout.splitlines()
+        changed = any(not line.startswith("#") for line in lines)
+        return head.split()[-1][:12] + ("-dirty" if changed else "")
     if "ATLAS_COMMIT" in os.environ:  # set by the cell that unpacks a kernel's payload
         return os.environ["ATLAS_COMMIT"]
     with contextlib.suppress(Exception):  # pip records where a package came from

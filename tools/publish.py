@@ -16,13 +16,14 @@ from typing import Any
 import nbformat
 import yaml
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, session
 from atlas_lib.bootstrap import ROOT
 from atlas_lib.config import load_config
 from atlas_lib.loss_mask import audit
-from atlas_lib.notebooks import STAMP, cell_sources
+from atlas_lib.notebooks import STAMP
 from atlas_lib.stages import IFEVAL_EVAL, STAGES, TEMPLATE_AUDIT
 from tools import leaks
+from tools.run import cell_sources
 
 RESULTS = ROOT / "results"
 LARGEST = 1_000_000  # characters of a file
@@ -53,6 +54,8 @@ def collect_files(
     A run has the four stages or, as a sweep's report does, a notebook and no metrics. Published
     notebooks must match HEAD; with `metrics_only`, the commit that they ran at.
     """
+    if (here := session.commit()).startswith("unknown"):
+        raise ValueError(f"The commit of this checkout is {here}.")
     paths = {path.stem: path for path in sorted((run / "notebooks").glob("*.ipynb"))}
     missing = STAGES.keys() - paths.keys()
     if not paths or (missing and (metrics_only or len(missing) < len(STAGES))):

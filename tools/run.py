@@ -5,36 +5,58 @@ python -m tools.run 03_sft_train --set train.learning_rate=1e-4 --force
 """
 
 import argparse
+import os
+import platform
+import shutil
 import sys
 import time
 from pathlib import Path
 
-from atlas_lib import artifacts, devices, notebooks, session
-from atlas_lib.config import load_config, parse_assignments
-from atlas_lib.schema import Config
-from atlas_lib.stages import STAGES
+try:
+    import platformdirs
 
+    from atlas_lib import artifacts, devices, notebooks, session
+    from atlas_lib.config import load_config, parse_assignments
+    from atlas_lib.schema import Config
+    from atlas_lib.stages import IFEVAL_EVAL, STAGES
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; install the environment again: `rm -rf .venv && make setup`.")
+
+CONTINUES = "the same command continues at the unfinished stage."
+FULL = 1_000_000  # bytes: a disk with less left is full
 LISTED = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
 def main() -> None:
     args = parse_arguments()
     try:
-        overrides = parse_assignments(args.set)
-        config = load_config(args.config, args.overlay, overrides)
-        out = session.output_folder(args.out, args.config, args.overlay)
-        if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
-            devices.gpu_available(config)  # before anything is downloaded
-        parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
+        run_notebooks(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(f"error: the reader of the output has ended; {CONTINUES}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {sentence_of(error, Path(args.out))}")
+    except KeyboardInterrupt:
+        print(f"error: interrupted; {CONTINUES}", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_notebooks(args: argparse.Namespace) -> None:
+    """Run the stages, then print the metrics and where the results are."""
+    overrides = parse_assignments(args.set)
+    config = load_config(args.config, args.overlay, overrides)
+    out = session.output_folder(args.out, args.config, args.overlay)
+    if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
+        devices.gpu_available(config)  # before anything is downloaded
+    parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
+    with session.reserve(out):
+        holder = f"by process {os.getpid()} on {platform.node()} since {time.asctime()}"
+        (out / session.LOCK).write_text(holder, "utf-8")
         for stage in args.stages:
             run_stage(stage, config, out, parameters, args.force)
-        if (out / "metrics.json").is_file():
-            print(metrics_table(artifacts.read_json(out / "metrics.json")))
-        print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command continues at the unfinished stage.")
+        if metrics := current_metrics(config, out):
+            print(metrics_table(metrics))
+    print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,7 +90,7 @@ def run_stage(stage: str, config: Config, out: Path, parameters: dict, force: bo
 def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     """Why the stage has to run, or None if its folder matches config, inputs and files."""
     folder = out / stage
-    if not (folder / artifacts.MANIFEST).is_file() or not notebooks.ran_through(stage, out):
+    if not (folder / artifacts.MANIFEST).is_file() or not ran_through(stage, out):
         return "not run yet, or not to its end"
     try:
         inputs = artifacts.read_manifest(folder)["inputs"]
@@ -76,6 +98,54 @@ def why_not_reused(stage: str, config: Config, out: Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"out of date ({error})"
     return None
+
+
+def ran_through(name: str, out: Path) -> bool:
+    """Whether out/notebooks has this notebook with the same code, executed without an error."""
+    try:
+        executed = artifacts.read_json(out / "notebooks" / f"{name}.ipynb")
+        ending = executed["metadata"]["papermill"]
+        source = artifacts.read_json(notebooks.NOTEBOOKS / f"{name}.ipynb")
+    except (OSError, ValueError, KeyError):
+        return False
+    codes = [cell_sources(notebook, ("code",)) for notebook in (executed, source)]
+    return bool(ending["end_time"]) and not ending["exception"] and codes[0] == codes[1]
+
+
+def cell_sources(notebook: dict, kinds: tuple[str, ...]) -> list[str]:
+    """The sources of the cells of these kinds, without the cell that papermill injected."""
+    return [
+        "".join(cell["source"])
+        for cell in notebook["cells"]
+        if cell["cell_type"] in kinds
+        and "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
+
+
+def current_metrics(config: Config, out: Path) -> list[dict]:
+    """The rows of metrics.json, which is rebuilt if it is not what stage 04 measured."""
+    if why_not_reused(IFEVAL_EVAL, config, out):
+        return []
+    measured, path = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json"), out / "metrics.json"
+    rows = [row | measured["origin"] for row in measured["metrics"]]
+    try:
+        intact = artifacts.read_json(path) == rows
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        artifacts.write_json(path, rows)
+    return rows
+
+
+def sentence_of(error: Exception, out: Path) -> str:
+    """The error, and which disk is full: most libraries do not name it, some not even the cause."""
+    places = (out, Path(os.environ.get("TMPDIR", "/tmp")), platformdirs.user_cache_path())
+    disks = [(shutil.disk_usage(place).free, str(place)) for place in places if place.exists()]
+    free, place = min(disks)
+    if free > FULL and "No space left" not in str(error):
+        return str(error)
+    full = f"The disk of {place} is full ({free:,} bytes left); free some space, then {CONTINUES}"
+    return f"{str(error).removesuffix('.')}. {full}"
 
 
 def metrics_table(metrics: list[dict]) -> str:

@@ -36,7 +36,7 @@ def _local_folder(place: str, revision: str | None) -> Path:
     """The folder itself or, for a hub id, that of the cached download of its two files."""
     from huggingface_hub import snapshot_download
 
-    if sources.on_hub(place):
+    if sources.locate(place) is None:
         place = snapshot_download(place, revision=revision, allow_patterns=[SETTINGS, WEIGHTS])
     return Path(place)
 

@@ -6,7 +6,7 @@ Every part is built once and then loaded by path, through the same calls as file
 
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+SUMS = "sha256.json"  # in each built folder
 TEXT_KEYS = ("corpus_seed", "taught", "n_texts", "vocab_size")
 # Part -> the keys of the section `offline` that decide it; the base also depends on `seed`.
 PARTS = {
@@ -51,7 +52,8 @@ def made_from(part: str, config: Config) -> dict[str, Any]:
 def build(part: str, config: Config) -> Path:
     """The folder of a part in the user's cache, built if absent; the base takes half a minute.
 
-    A folder appears complete or not at all, even if two processes build it or one is killed.
+    A folder appears complete or not at all, even if two processes build it or one is killed. One
+    that was damaged later is built again.
     """
     import filelock
     import platformdirs
@@ -59,16 +61,33 @@ def build(part: str, config: Config) -> Path:
     text = json.dumps(made_from(part, config), sort_keys=True)
     name = f"tiny-{part}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     target = Path(platformdirs.user_cache_dir("atlas")) / name
-    if target.is_dir():
+    if is_intact(target):
         return target
+    scratch = target.parent / ".tiny"
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(target.with_suffix(".lock"))
-    with lock, tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
-        if not target.is_dir():
+    with filelock.FileLock(target.parent / "tiny.lock"):
+        shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
+        if not is_intact(target):
             print(f"Building embedded:{part} in {target}", flush=True)
-            _write(part, Path(scratch) / part, config)
-            (Path(scratch) / part).rename(target)
+            _write(part, scratch, config)
+            (scratch / SUMS).write_text(json.dumps(checksums(scratch)), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
     return target
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a built part still has the files that were written."""
+    try:
+        return json.loads((folder / SUMS).read_bytes()) == checksums(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, of all files but SUMS."""
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _write(part: str, target: Path, config: Config) -> None:

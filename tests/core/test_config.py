@@ -192,6 +192,38 @@ def test_a_wrong_value_in_a_list_names_its_place():
     assert "'raw' or 'chat'" in sentence
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("lora.", "'lora.'; the nearest known one is 'lora.r'"), ("Lora.r", "'Lora'")],
+)
+def test_an_unknown_key_is_named_as_it_was_written(key, expected):
+    assert refused({key: 1}).startswith(f"Unknown key {expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("-08", -8), ("1e3", 1000), ("2E-4", 2e-4), ("1.e2", 100), ("0x10", 16)],
+)
+def test_a_number_is_what_it_looks_like(text, value):
+    assert parse_assignments([f"lora.r={text}"]) == {"lora.r": value}
+
+
+def test_text_that_only_resembles_a_number_stays_text():
+    for text in ("1e", "060db64", "e3", "1e3x", "12e4567"):
+        assert parse_assignments([f"data.revision={text}"]) == {"data.revision": text}
+
+
+@pytest.mark.parametrize("text", ["&a {x: *a}", "&a [*a]", "[" * 2000, "2026-99-99", "{"])
+def test_a_value_that_is_no_tree_is_refused_with_its_key(text):
+    sentence = refusal(parse_assignments, [f"lora={text}"])
+    assert sentence.startswith(f"--set lora={text} is not YAML: ")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../base", "a\0b", ""])
+def test_a_name_that_is_no_file_of_configs_is_unknown(name):
+    assert refusal(load_config, name).startswith(f"Unknown config {name!r}; there are: ")
+
+
 @pytest.mark.parametrize("names", [("nope", ""), (RECIPE, "nope")])
 def test_an_unknown_config_or_overlay_lists_those_that_exist(names):
     sentence = refusal(load_config, *names)

@@ -4,6 +4,9 @@ Their results are tested in tests/runs/test_pipeline.py.
 """
 
 import ast
+import functools
+import json
+import os
 import re
 import shutil
 import tomllib
@@ -12,6 +15,7 @@ from types import SimpleNamespace
 
 import jupytext
 import nbformat
+import papermill
 import pytest
 from checks import ROOT, run_python
 from IPython.display import HTML
@@ -251,3 +255,62 @@ def test_the_first_two_stages_import_neither_trl_nor_peft(tmp_path):
     done = run_python("-c", WITHOUT_TRAINER.format(tiny=TINY), tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "02_template_audit" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("argv", [["sleep", "9"], ["false"]], ids=["no answer", "ends at once"])
+def test_a_kernel_that_does_not_answer_names_cause_and_fix(argv, tmp_path, monkeypatch):
+    spec = tmp_path / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    impatient = functools.partial(papermill.execute_notebook, start_timeout=1)
+    monkeypatch.setattr(papermill, "execute_notebook", impatient)
+    with pytest.raises(RuntimeError, match=r"01_data_prep stopped: its process did not") as e:
+        notebooks.execute("01_data_prep", tmp_path / "out", {})
+    assert "`ip link set lo up`" in str(e.value)
+    assert "run it again" in str(e.value)
+
+
+IN_JUPYTER = """
+import nbformat, nbclient
+notebook = nbformat.read("01_data_prep.ipynb", as_version=4)
+[cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+cell.source = "CONFIG, OVERLAY, OUT, SET = 'sft_qwen05b', 'offline', {out!r}, {given}"
+nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+"""
+
+
+@pytest.mark.slow
+def test_a_relative_out_is_the_same_for_jupyter_children_and_tools(tmp_path):
+    """As in Jupyter, 01 runs in notebooks/; a tool then finds its result from elsewhere."""
+    out = os.path.relpath(tmp_path / "out", ROOT / "notebooks")
+    code = IN_JUPYTER.format(out=out, given=TINY)
+    done = run_python("-c", code, cwd=ROOT / "notebooks")
+    assert done.returncode == 0, done.stderr
+    first = (tmp_path / "out" / "01_data_prep" / "train.jsonl").read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    given = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    given += ["--overlay", "offline", "--out", "../out"]
+    for _ in range(2):
+        done = run_python(
+            "-m", "tools.run", "01_data_prep", *given, cwd=elsewhere, PYTHONPATH=str(ROOT)
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"results in {tmp_path / 'out'}: notebooks" in done.stdout
+    assert "finished and unchanged, reused" in done.stdout
+    assert (tmp_path / "out" / "01_data_prep" / "train.jsonl").read_bytes() == first
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_relative_file_is_the_same_for_a_tool_and_its_notebooks(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"messages": [*chat[:1], {"role": "assistant", "content": f"{n}"}]} for n in range(9)]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = {"data.dataset": "chats.jsonl", "data.n_samples": 6, "data.n_validation": 3}
+    sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    command = ["-m", "tools.run", "01_data_prep", "--overlay", "offline", "--out", "out", *sets]
+    done = run_python(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out" / "01_data_prep" / "train.jsonl").read_text().splitlines()) == 6

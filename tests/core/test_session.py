@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -99,6 +101,26 @@ def test_an_out_that_is_not_writable_is_refused(below, tmp_path):
     assert (tmp_path / "file").read_text("utf-8") == "mine"
 
 
+def test_a_relative_out_is_one_place_whatever_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = session.output_folder("runs/rel", "x")
+    assert folder == tmp_path / "runs" / "rel"
+    assert folder.is_absolute()
+
+
+def test_a_notebook_opened_while_a_run_is_in_its_out_is_refused(tmp_path, monkeypatch):
+    given = ("01_data_prep", "sft_qwen05b", "offline", str(tmp_path), {})
+    notebooks.start(*given)
+    assert list(tmp_path.iterdir()) == []  # alone, it holds nothing
+    with session.reserve(tmp_path):
+        (tmp_path / session.LOCK).write_text("by process 7")
+        assert f"OUT {tmp_path} is in use by process 7; " in refusal(notebooks.start, *given)
+        monkeypatch.setenv(session.NESTED, "1")  # the run's own notebooks
+        notebooks.start(*given)
+    monkeypatch.delenv(session.NESTED)
+    notebooks.start(*given)
+
+
 # --- commit ---------------------------------------------------------------------------------------
 
 
@@ -149,6 +171,13 @@ def test_a_package_from_git_is_the_commit_that_pip_recorded(tmp_path, monkeypatc
     monkeypatch.setattr(session, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert session.commit() == "0123456789ab"
+
+
+def test_a_checkout_of_another_user_names_gits_reason_and_command(repository, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    found = session.provenance()["commit"]
+    assert found.startswith("unknown (fatal: detected dubious ownership in repository at ")
+    assert f"git config --global --add safe.directory {repository}" in found
 
 
 # --- device ---------------------------------------------------------------------------------------
@@ -332,6 +361,16 @@ def test_a_manifest_records_the_environment_and_no_secret(monkeypatch):
     assert found.keys() == {"commit", "versions", "platform", "image", "hardware", "gpus"}
     assert {"python", "torch", "trl", "lm_eval"} <= found["versions"].keys()
     assert CANARY not in str(found)
+
+
+def test_hardware_tells_processors_apart():
+    import torch
+
+    named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text("utf-8"))
+    model = f"{named[1]}, " if named else ""
+    cores = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    if not torch.cuda.is_available():
+        assert devices.hardware() == f"{model}{cores}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def test_a_manifest_names_the_image_of_a_hosted_session(on_kaggle, monkeypatch):

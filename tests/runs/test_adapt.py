@@ -40,9 +40,11 @@ def test_another_model_and_a_local_jsonl(trained_tokenizer, tmp_path):
     trained_tokenizer.save_pretrained(tmp_path / "models" / "mine")
     chats = corpus.conversations(7, 60, ["punctuation:no_comma", "detectable_format:title"])
     lines = [json.dumps(chat) for chat in chats]
-    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
-    places = {name: str(tmp_path / name) for name in ("models/mine", "chats.jsonl", "runs/mine")}
+    names = ("models/mine", "data/chats.jsonl", "runs/mine")
+    places = {name: str(tmp_path / name) for name in names}
     command = [re.sub("|".join(places), lambda m: places[m[0]], part) for part in example()]
     command += [part for key, value in ON_A_CPU.items() for part in ("--set", f"{key}={value}")]
     done = run_python(*command, HF_HUB_OFFLINE="1")

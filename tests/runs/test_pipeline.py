@@ -5,13 +5,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from checks import ROOT, run_python
 from tiny import TINY
 
-from atlas_lib import models
+from atlas_lib import models, session
 from atlas_lib.config import load_config
 
 STAGES = ["01_data_prep", "02_template_audit", "03_sft_train", "04_ifeval_eval"]
@@ -108,12 +110,17 @@ def test_every_row_is_audited_and_compared_with_the_trainer(whole):
     assert trained["rows_compared_with_audit"] == 605
 
 
+def times_of_files(out: Path) -> dict[Path, int]:
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != session.LOCK]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def test_a_second_run_reuses_all_stages(whole):
-    before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*") if path.is_file()}
+    before = times_of_files(whole[0])
     done = run_stages(whole[0], "--overlay", "offline")
     assert done.returncode == 0
     assert done.stdout.count("finished and unchanged, reused") == len(STAGES)
-    assert before == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*") if p.is_file()}
+    assert before == times_of_files(whole[0])
 
 
 # What a stage prints while it works.
@@ -139,6 +146,45 @@ def test_a_run_killed_in_any_stage_continues_when_repeated(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished and unchanged, reused") == 3
     assert len(read(tmp_path / "metrics.json")) == 4
+
+
+def start_tiny(out: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tools.run", "--out", str(out), "--overlay", "offline"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *TINY_ARGS, *arguments], cwd=ROOT, **pipes)
+
+
+@pytest.mark.parametrize("seconds", [0, 14])
+def test_of_two_runs_in_one_out_one_ends_and_the_other_names_it(seconds, tmp_path):
+    runs = []
+    for _ in range(2):
+        time.sleep(seconds * len(runs))
+        runs.append(start_tiny(tmp_path))
+    texts = [run.communicate() for run in runs]
+    finished, refused = sorted(range(2), key=lambda n: runs[n].returncode)
+    assert [runs[finished].returncode, runs[refused].returncode] == [0, 1], texts
+    [sentence] = texts[refused][1].splitlines()
+    assert f"is in use by process {runs[finished].pid} on " in sentence
+    assert len(read(tmp_path / "metrics.json")) == 4
+
+
+def test_ctrl_c_ends_the_run_and_its_notebook_with_a_sentence(tmp_path):
+    run = start_tiny(tmp_path)
+    for line in run.stdout:
+        if "the trainer's labels" in line:
+            break
+    children = psutil.Process(run.pid).children(recursive=True)
+    assert children
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    sentence = "error: interrupted; the same command continues at the unfinished stage."
+    assert errors.splitlines()[-1] == sentence
+    assert "Traceback" not in errors
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    done = run_tiny(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".part"]
 
 
 def test_the_last_notebook_alone_builds_what_is_missing(tmp_path):

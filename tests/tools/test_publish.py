@@ -223,6 +223,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     refused(ROOT, tmp_path, tmp_path / "results", lacking)
 
 
+def test_a_checkout_of_another_user_is_refused_with_gits_command(tmp_path):
+    foreign = {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}
+    done = run_python("-m", "tools.publish", tmp_path, "--results", tmp_path / "r", **foreign)
+    assert done.returncode == 1
+    [sentence] = done.stderr.splitlines()
+    assert "dubious ownership" in sentence
+    assert "git config --global --add safe.directory" in sentence
+
+
 def test_the_published_pages_are_those_of_their_commit():
     pages = sorted((ROOT / "results" / "notebooks").glob("*.ipynb"))
     assert [page.stem for page in pages[:4]] == list(publish.STAGES)

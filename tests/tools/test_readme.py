@@ -114,6 +114,31 @@ def test_every_cited_figure_has_a_source():
     assert all(row["source"].strip() for row in [*cited["rows"], *cited["cited"]])
 
 
+def paths_of_examples() -> set[str]:
+    """Files and folders that the commands of README read or write, but for tracked ones."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.S))
+    flags = r"(?:--out|--prompts|--responses|-p OUT|score|compare|ipynb) ([\w./-]+)"
+    found = {*re.findall(flags, blocks), *re.findall(r"compare \S+ (\S+)", blocks)}
+    found |= set(re.findall(r"(?:dataset|prompts|base|tokenizer|adapter)=([\w./-]+)", README))
+    return {name for name in found if not name.startswith("--")} - {"null"}
+
+
+def test_following_the_readme_leaves_the_checkout_clean():
+    paths = paths_of_examples()
+    assert {"runs/try", "runs/r8", "runs/scores/a", "runs/r8.ipynb", "models/mine"} <= paths
+    command = ["git", "-C", str(ROOT), "check-ignore", *sorted(paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert set(done.stdout.splitlines()) == paths
+
+
+def test_an_environment_that_is_a_link_is_ignored(tmp_path):
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text("utf-8"))
+    (tmp_path / ".venv").symlink_to(tmp_path)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    found = subprocess.check_output(["git", "-C", str(tmp_path), "status", "--porcelain"])
+    assert found == b"?? .gitignore\n"
+
+
 def test_the_verbs_of_the_texts_and_of_the_makefile_are_the_same():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     verbs = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))

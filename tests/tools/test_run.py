@@ -3,7 +3,11 @@
 Whole pipelines run in tests/runs/test_pipeline.py.
 """
 
+import json
 import os
+import platform
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import nbformat
 import pytest
 from checks import ROOT, run_python
 
-from atlas_lib import artifacts, stages
+from atlas_lib import artifacts, session, stages
 from atlas_lib.config import load_config
 from tools import run
 
@@ -157,3 +161,97 @@ def test_the_table_has_a_line_for_each_model_and_format_and_its_label():
     assert second.startswith("SFT ")
     assert len(heads) == len(first) == len(second)
     assert label == "a tiny model"
+
+
+def stderr_line(done: subprocess.CompletedProcess) -> str:
+    """The one line that a refused run prints."""
+    assert done.returncode == 1, done.stdout
+    [sentence] = done.stderr.splitlines()
+    return sentence
+
+
+def test_a_second_run_in_the_same_out_says_who_holds_it(out):
+    done = run_python("-m", "tools.run", FIRST, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"results in {out}: notebooks, {SECOND}"
+    with session.reserve(out):
+        sentence = stderr_line(run_python("-m", "tools.run", FIRST, "--out", out))
+    assert sentence.startswith(f"error: OUT {out} is in use by process ")
+    assert f" on {platform.node()} since " in sentence
+
+
+# A run that stays in its first stage.
+STAY = """
+import sys, time
+from tools import run
+run.run_stage = lambda *_: print("running", flush=True) or time.sleep(600)
+run.main()
+"""
+
+
+def test_a_run_holds_its_out_until_it_is_killed(tmp_path):
+    command = [sys.executable, "-c", STAY, FIRST, "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "running\n"
+        with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
+            session.reserve(tmp_path)
+        holder.send_signal(signal.SIGKILL)
+    with session.reserve(tmp_path):
+        pass
+
+
+def test_a_reader_that_has_ended_stops_the_run_with_a_sentence(out):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tools.run", FIRST, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "reader of the output has ended" in stderr_line(done)
+
+
+def test_a_missing_package_names_the_command_that_installs_it():
+    code = "import runpy, sys; sys.modules['yaml'] = None; runpy.run_module('tools.run')"
+    sentence = stderr_line(run_python("-c", code))
+    assert "yaml" in sentence
+    assert "`rm -rf .venv && make setup`" in sentence
+
+
+MEASURED = {"metrics": [{"model": "base", "n": 1}], "origin": {"digest": "0123"}}
+METRICS_FAULTS = {
+    "deleted": lambda path: path.unlink(),
+    "torn": lambda path: os.truncate(path, 9),
+    "edited": lambda path: path.write_text(path.read_text("utf-8").replace("base", "best")),
+    "as written": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("fault", METRICS_FAULTS)
+def test_metrics_are_those_that_stage_04_measured(fault, config, tmp_path):
+    assert run.current_metrics(config, tmp_path) == []
+    with artifacts.stage(stages.IFEVAL_EVAL, config, tmp_path) as folder:
+        artifacts.write_json(folder / "ifeval.json", MEASURED)
+    write_executed(stages.IFEVAL_EVAL, tmp_path)
+    path = tmp_path / "metrics.json"
+    rows = [{"model": "base", "n": 1, "digest": "0123"}]
+    artifacts.write_json(path, rows)
+    METRICS_FAULTS[fault](path)
+    assert run.current_metrics(config, tmp_path) == rows
+    assert json.loads(path.read_bytes()) == rows
+
+
+def test_metrics_of_another_configuration_are_not_shown(config, tmp_path):
+    with artifacts.stage(stages.IFEVAL_EVAL, config, tmp_path) as folder:
+        artifacts.write_json(folder / "ifeval.json", MEASURED)
+    write_executed(stages.IFEVAL_EVAL, tmp_path)
+    assert run.current_metrics(load_config("sft_qwen05b", "", {"seed": 7}), tmp_path) == []
+
+
+def test_a_full_disk_is_named_with_the_next_step(tmp_path, monkeypatch):
+    full = OSError(28, "No space left on device")
+    for error, least in ((full, run.FULL), (RuntimeError("unexpected pos 64 vs 0"), 2**62)):
+        monkeypatch.setattr(run, "FULL", least)
+        sentence = run.sentence_of(error, tmp_path)
+        assert sentence.startswith(f"{error}. The disk of /")
+        assert "free some space, then the same command continues" in sentence
+    monkeypatch.setattr(run, "FULL", 0)
+    assert run.sentence_of(RuntimeError("another cause."), tmp_path) == "another cause."

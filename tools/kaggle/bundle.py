@@ -59,8 +59,8 @@ def build_kernel(stage: str, choice: dict[str, Any], folder: Path, allow_dirty: 
     """
     config = load_config(choice["config"], choice["overlay"], choice["set"])
     commit = session.commit()
-    if commit == "unknown":
-        raise ValueError(f"{ROOT} is not a git checkout with a commit; build from a clone.")
+    if commit.startswith("unknown"):
+        raise ValueError(f"{ROOT} is not a git checkout with a commit: {commit}; use a clone.")
     if commit.endswith("-dirty") and not allow_dirty:
         raise ValueError(
             "There are uncommitted changes; commit them or add --allow-dirty "
