@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 from atlas_lib import compat, sources, template
 from atlas_lib.devices import Device
 from atlas_lib.schema import Config
-from atlas_lib.template import END_OF_TURN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
@@ -22,14 +19,19 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     tokenizer = tokenizer_of(config.model.tokenizer, config.model.tokenizer_revision, config)
     if config.model.chat_template:
         tokenizer.chat_template = template.read_template(config.model.chat_template)
-    if config.model.pad_token:
-        tokenizer.pad_token = config.model.pad_token
-    stop_ids(tokenizer)
-    if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END_OF_TURN)):
-        # Tools that mask padding by id would never train the end of a turn.
+    for name, value in config.model.chat_template_kwargs.items():  # holds for every later reader
+        setting = f"{{%- set {name} = {value!r} %}}"
+        tokenizer.chat_template = setting + (tokenizer.chat_template or "")
+    tokenizer.eos_token = config.model.eos_token or tokenizer.eos_token
+    tokenizer.pad_token = config.model.pad_token or tokenizer.pad_token
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary.get(token) for token in (tokenizer.eos_token, tokenizer.pad_token)]
+    if None in ids or ids[0] == ids[1]:
+        # Tools that mask padding by id would never train the end of a response.
         raise ValueError(
-            f"The pad token is {tokenizer.pad_token!r}; set model.pad_token to another token than "
-            f"{END_OF_TURN}, for Qwen2.5 to {END_OF_TEXT}."
+            f"The tokenizer's eos and pad tokens are {tokenizer.eos_token!r} and "
+            f"{tokenizer.pad_token!r}; set model.eos_token and model.pad_token to two tokens of "
+            "its vocabulary, for Qwen2.5 to <|im_end|> and <|endoftext|>."
         )
     return tokenizer
 
@@ -69,15 +71,11 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Config) -> in
     return len(tokenizer)
 
 
-def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids of <|im_end|> and <|endoftext|>. Raises ValueError if they are not single tokens."""
-    vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would return the unknown token
-    ids = [vocabulary.get(token) for token in (END_OF_TURN, END_OF_TEXT)]
-    if None in ids:
-        raise ValueError(
-            f"The tokenizer needs {END_OF_TURN} and {END_OF_TEXT} (ids {ids}): name one of ChatML."
-        )
-    return ids
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> list[int]:
+    """Ids at which decoding stops: the tokenizer's eos, then those of the model's own config."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *own) if i is not None))
 
 
 def load_weights(role: str, config: Config, device: Device, in_4bit: bool) -> "PreTrainedModel":

@@ -63,6 +63,7 @@ class Model(Section):
     adapter_base: str | None
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
+    eos_token: str | None
     pad_token: str | None
 
 

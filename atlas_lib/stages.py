@@ -15,7 +15,8 @@ class Stage:
     gpu: bool = False
 
 
-AUDITED = ("model.tokenizer", "model.base", "model.chat_template", "model.pad_token")
+AUDITED = ("model.tokenizer", "model.base", "model.chat_template", "model.eos_token")
+AUDITED += ("model.pad_token",)
 STAGES = {
     DATA_PREP: Stage((), ("data.",)),
     TEMPLATE_AUDIT: Stage((DATA_PREP,), (*AUDITED, "train.max_length", "audit.")),

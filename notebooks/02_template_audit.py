@@ -93,7 +93,7 @@ for mask in ([True, True, True], [False, False, True]):
 source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
 conversations = data.read_subset(source)
 tokenizer = models.load_tokenizer(config)
-chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+chat_template = ChatTemplate(tokenizer)
 first = chat_template.turns(conversations[0])[0]
 print("stop", chat_template.stops, "· the prompt ends with", repr(chat_template.header))
 print("prompt  ", repr(first.prompt[-60:]))
@@ -126,7 +126,7 @@ assert text == before, "the patch changed the rendered text"
 # ends a turn, and the vocabulary must be that of the weights.
 
 # %%
-print("stop ids", models.stop_ids(tokenizer), "· pad", tokenizer.pad_token_id)
+print("decoding stops at", tokenizer.eos_token, "· padding is", tokenizer.pad_token)
 print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer, config), "tokens")
 
 # %% [markdown]

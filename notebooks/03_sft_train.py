@@ -122,7 +122,7 @@ from atlas_lib import template
 
 tokenizer = models.load_tokenizer(config)
 models.check_vocabulary(tokenizer, config)
-chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+chat_template = ChatTemplate(tokenizer)
 print(template.choose_supervision(tokenizer))
 print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")
 
@@ -305,7 +305,7 @@ for prompt, base_response, sft_response in zip(prompts, before, after, strict=Fa
     print(f"prompt  {prompt}")
     print(f"  base  {base_response['response']!r}")
     print(f"  SFT   {sft_response['response'][:400]!r}\n")
-eos_rate = sum(response["stop"] == template.END_OF_TURN for response in after) / len(after)
+eos_rate = sum(response["stop"] == tokenizer.eos_token for response in after) / len(after)
 print(f"EOS rate: {eos_rate:.0%} of {len(after)} SFT responses, within {cap} tokens")
 
 # %% [markdown]

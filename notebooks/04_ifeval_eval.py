@@ -174,12 +174,13 @@ assert all(len(rows) == len(prompts) for rows in verdicts.values()), "responses 
 #
 # Each column is a model in one prompt format: four accuracies with 95 % confidence intervals, and
 # diagnostics that confound a comparison. `at_cap` is the share of responses cut at the length
-# limit, `eos_rate` the share that end with `<|im_end|>`, `repetition` the share dominated by a
+# limit, `eos_rate` the share that end with the stop token, `repetition` the share dominated by a
 # loop, `mean_length` is in tokens, and `distinct` counts the different responses: a model that
 # gives the same response to every prompt passes some instructions without reading them.
 
 # %%
-metrics = ifeval.grid_metrics(responses, verdicts)
+end_of_turn = models.load_tokenizer(config).eos_token
+metrics = ifeval.grid_metrics(responses, verdicts, end_of_turn)
 if not config.model.instruct:
     print("Instruct: not run (model.instruct is not set)")
 tables.score_table(metrics)
@@ -284,7 +285,7 @@ tables.type_table(primary["by_type"])
 
 # %%
 subset = [i for i, p in enumerate(prompts) if set(p["instruction_id_list"]) <= taught]
-on_taught = ifeval.grid_metrics(responses, verdicts, subset) if subset else []
+on_taught = ifeval.grid_metrics(responses, verdicts, end_of_turn, subset) if subset else []
 if on_taught:
     display(tables.score_table(on_taught))
 

@@ -40,7 +40,7 @@ def generate(
     """
     import torch
 
-    stop_ids = models.stop_ids(tokenizer)
+    stop_ids = models.stop_ids(tokenizer, model)
     encoded = [encode_prompt(tokenizer, prompt, prompt_format) for prompt in prompts]
     # As a decorator, inference_mode holds inside the generator only, not where its rows are used.
     finished = torch.inference_mode()(decode)(
@@ -222,8 +222,8 @@ class SlotCache:
             kept[row, :, self.end - length : self.end] = kept[last, :, self.end - length : self.end]
 
 
-def diagnose(responses: list[dict]) -> dict[str, float]:
-    """Possible confounders: shares that hit the cap, end with <|im_end|>, are empty; mean tokens.
+def diagnose(responses: list[dict], eos_token: str) -> dict[str, float]:
+    """Possible confounders: shares that hit the cap, end with eos, are empty; mean tokens.
 
     "distinct" counts different texts. "repetition" is the share of responses dominated by a loop:
     more than half of their sequences of four words or marks occur earlier in the same response.
@@ -231,7 +231,7 @@ def diagnose(responses: list[dict]) -> dict[str, float]:
     n = len(responses)
     return {
         "at_cap": sum(r["stop"] is None for r in responses) / n,
-        "eos_rate": sum(r["stop"] == models.END_OF_TURN for r in responses) / n,
+        "eos_rate": sum(r["stop"] == eos_token for r in responses) / n,
         "empty": sum(not r["response"].strip() for r in responses) / n,
         "mean_length": sum(r["n_tokens"] for r in responses) / n,
         "distinct": len({r["response"] for r in responses}),

@@ -55,7 +55,7 @@ def response_origin(
         "format": form,
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:12],
         "max_new_tokens": config.eval.max_new_tokens,
-        "stop_ids": models.stop_ids(tokenizer),
+        "eos_token": tokenizer.eos_token,
     }
 
 

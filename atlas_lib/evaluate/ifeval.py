@@ -59,6 +59,7 @@ def summarise(verdicts: list[dict]) -> dict:
 def grid_metrics(
     responses: dict[tuple[str, str], list[dict]],
     verdicts: dict[tuple[str, str], list[dict]],
+    eos_token: str,
     subset: list[int] | None = None,
 ) -> list[dict]:
     """One row per (model, format): its summary and diagnostics, over the prompts of `subset`."""
@@ -67,7 +68,7 @@ def grid_metrics(
         given, scored = responses[name, prompt_format], verdicts[name, prompt_format]
         chosen = range(len(given)) if subset is None else subset
         row = {"model": name, "format": prompt_format, **summarise([scored[i] for i in chosen])}
-        rows.append(row | decoding.diagnose([given[i] for i in chosen]))
+        rows.append(row | decoding.diagnose([given[i] for i in chosen], eos_token))
     return rows
 
 

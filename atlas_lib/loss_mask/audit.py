@@ -40,6 +40,11 @@ def audit_rows(
     makes the mask from the markers; otherwise training rows are made by prefixes. Prefixes,
     sentinels and (with markers) the grammar of ChatML must agree on every token.
     """
+    if tokenizer.eos_token not in chat_template.stops:
+        raise ValueError(
+            f"Responses end with {chat_template.stops[0]!r}, but the tokenizer's eos token is "
+            f"{tokenizer.eos_token!r}, at which decoding stops: set model.eos_token."
+        )
     auditor = Auditor(tokenizer, chat_template, config)
     return (record for record, _, _ in auditor.judge(conversations))
 
@@ -262,7 +267,7 @@ def run_audit(config: Config, out: Path) -> Path:
     source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
     tokenizer = models.load_tokenizer(config)
     models.check_vocabulary(tokenizer, config)
-    chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+    chat_template = ChatTemplate(tokenizer)
     template.choose_supervision(tokenizer)
     with artifacts.stage(stages.TEMPLATE_AUDIT, config, out, [source]) as folder:
         rows = audit_rows(tokenizer, chat_template, data.read_subset(source), config)

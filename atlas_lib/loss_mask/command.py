@@ -61,12 +61,12 @@ def audit_file(args: argparse.Namespace) -> int:
     overrides = {"model.tokenizer": args.tokenizer, "model.tokenizer_revision": None}
     overrides |= {"data.dataset": args.data, "data.revision": None, "label": ""}
     overrides |= {"train.max_length": args.max_length, "model.chat_template": args.template}
-    overrides["model.chat_template_kwargs"] = parse_assignments(args.set)
     config = load_config("sft_qwen05b", "", overrides)
     tokenizer = models.tokenizer_of(args.tokenizer, None, config)
+    variables = parse_assignments(args.set)
     if args.template:
         tokenizer.chat_template = template.read_template(args.template)
-    chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+    chat_template = ChatTemplate(tokenizer, **variables)
     print(template.choose_supervision(tokenizer))
     conversations = read_conversations(args.data)
     auditor = audit.Auditor(tokenizer, chat_template, config)

@@ -38,7 +38,9 @@ def save_adapter(
     saved.chat_template = {"default": original_template, "training": tokenizer.chat_template}
     saved.save_pretrained(folder)
     # Without a generation config, base + adapter would stop at <|endoftext|> only.
-    settings = GenerationConfig(eos_token_id=stop_ids(saved), pad_token_id=saved.pad_token_id)
+    settings = GenerationConfig(
+        eos_token_id=stop_ids(saved, model), pad_token_id=saved.pad_token_id
+    )
     settings.save_pretrained(folder)
 
 

@@ -161,7 +161,6 @@ SEEDS = ("seed", "train.seed", "data.shuffle_seed", "offline.corpus_seed")
         ("train.save_strategy", False, "not be true or false"),  # what YAML makes of a bare `no`
         ("run.require_gpu", "perhaps", "boolean"),
         ("model.base", None, "string"),
-        ("model.chat_template", "llama", "'qwen2_5'"),
         ("lora.target_modules", "q_proj", "list"),
         ("lora.bias", "some", "'none', 'all' or 'lora_only'"),
         ("train", 5, "dictionary"),

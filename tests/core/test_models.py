@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -25,10 +24,33 @@ def test_the_base_is_really_in_4_bit(tiny_config):
     assert all(m.weight.quant_state.nested for m in layers)
 
 
-def test_a_tokenizer_without_the_end_of_turn_is_refused():
-    bare = SimpleNamespace(get_vocab=lambda: {"a": 0}, convert_tokens_to_ids=lambda tokens: [0, 0])
-    with pytest.raises(ValueError, match=r"needs .* \(ids \[None, None\]\)"):
-        models.stop_ids(bare)
+@pytest.mark.parametrize("key", ["model.eos_token", "model.pad_token"])
+@pytest.mark.parametrize("token", ["<|eot_id|>", None])
+def test_eos_and_pad_must_be_two_known_tokens(folder, key, token):
+    other = {"model.eos_token": "<|endoftext|>", "model.pad_token": "<|im_end|>"}[key]
+    config = load_config("sft_qwen05b", "offline", TINY | {key: token or other})
+    sentence = refusal(models.load_tokenizer, config)
+    assert "eos and pad tokens are" in sentence
+    assert "set model.eos_token and model.pad_token" in sentence
+
+
+def test_variables_of_the_template_hold_for_every_reader(tiny_config, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ style }}{{ messages[0].content }}", "utf-8")
+    given = {"model.chat_template": str(tmp_path / "chat.jinja")}
+    config = load_config(
+        "sft_qwen05b", "offline", given | {"model.chat_template_kwargs.style": "a"}
+    )
+    tokenizer = models.load_tokenizer(config)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == "ab"
+
+
+def test_decoding_stops_at_the_ends_of_tokenizer_and_model(tiny_config):
+    weights = models.load_weights("base", tiny_config, CPU, in_4bit=False)
+    tokenizer = models.load_tokenizer(tiny_config)
+    ends = tokenizer.convert_ids_to_tokens(models.stop_ids(tokenizer, weights))
+    assert ends == ["<|im_end|>", "<|endoftext|>"]
+    weights.generation_config.eos_token_id = None
+    assert models.stop_ids(tokenizer, weights) == [tokenizer.eos_token_id]
 
 
 @pytest.fixture

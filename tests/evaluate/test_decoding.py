@@ -61,7 +61,7 @@ def reference(loaded, prompts):
 def plainly(model, tokenizer, prompt, form, cap=CAP) -> dict:
     from transformers import GenerationConfig
 
-    stop_ids = models.stop_ids(tokenizer)
+    stop_ids = models.stop_ids(tokenizer, model)
     ids = torch.tensor([decoding.encode_prompt(tokenizer, prompt, form)])
     options = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[1])
     found = model.generate(
@@ -209,7 +209,7 @@ def test_chat_prompts_open_a_turn_and_the_response_is_cut_at_the_first_stop(load
     text = tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "chat"))
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "raw")) == "Hi"
-    end, text_end = models.stop_ids(tokenizer)
+    end, text_end = tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = tokenizer("Yes.")["input_ids"]
     cut = decoding.cut_at_stop(tokenizer, [*ids, end, *ids, text_end], [end, text_end])
     assert cut == {"response": "Yes.", "n_tokens": len(ids), "stop": "<|im_end|>"}
@@ -220,7 +220,7 @@ def test_diagnostics_count_only_the_end_of_turn_as_a_stop():
     stops = ["<|im_end|>", "<|endoftext|>", None, "<|im_end|>"]
     responses = [{"response": "a", "n_tokens": 2, "stop": stop} for stop in stops]
     responses[0]["response"] = " "
-    found = decoding.diagnose(responses)
+    found = decoding.diagnose(responses, "<|im_end|>")
     assert found == {
         "at_cap": 0.25,
         "eos_rate": 0.5,
@@ -251,4 +251,4 @@ ROWS = ", ".join(f'{{"name": "n{i}", "age": {i}}}' for i in range(30))
 )
 def test_a_response_that_repeats_itself_is_counted(text, loops):
     responses = [{"response": text, "n_tokens": 1, "stop": None}]
-    assert decoding.diagnose(responses)["repetition"] == loops
+    assert decoding.diagnose(responses, "<|im_end|>")["repetition"] == loops

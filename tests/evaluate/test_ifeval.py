@@ -35,6 +35,7 @@ def test_metrics_of_the_grid_and_of_a_subset():
     responses = [{"response": text, "stop": None, "n_tokens": 2} for text in texts]
     verdicts = ifeval.score(prompts, texts)
     grid = {("SFT", "raw"): responses}, {("SFT", "raw"): verdicts}
+    grid = (*grid, "<|im_end|>")
     [whole], [half] = ifeval.grid_metrics(*grid), ifeval.grid_metrics(*grid, [1, 3, 5])
     assert whole.items() >= ifeval.summarise(verdicts).items()
     assert (whole["model"], whole["format"], whole["at_cap"]) == ("SFT", "raw", 1.0)

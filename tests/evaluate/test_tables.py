@@ -19,7 +19,7 @@ def verdicts():
 @pytest.fixture(scope="module")
 def metrics(verdicts):
     responses = [{"response": "Tea.", "n_tokens": 2, "stop": None}] * 12
-    return ifeval.grid_metrics(dict.fromkeys(verdicts, responses), verdicts)
+    return ifeval.grid_metrics(dict.fromkeys(verdicts, responses), verdicts, "<|im_end|>")
 
 
 def test_scores_have_a_column_per_model_and_format(metrics):

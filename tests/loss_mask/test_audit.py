@@ -278,7 +278,9 @@ def test_summary_counts_add_up(audited):
 def test_pad_equal_to_end_of_turn_is_refused(trained_tokenizer, tmp_path):
     trained_tokenizer.save_pretrained(tmp_path)
     broken = offline({"model.tokenizer": str(tmp_path), "model.pad_token": "<|im_end|>"})
-    with pytest.raises(ValueError, match=r"pad token is '<\|im_end\|>'"):
+    with pytest.raises(
+        ValueError, match=r"eos and pad tokens are '<\|im_end\|>' and '<\|im_end\|>'"
+    ):
         models.load_tokenizer(broken)
 
 
@@ -289,6 +291,18 @@ def test_the_first_rows_must_have_the_published_lengths(pair, tiny_config, monke
     [row] = audited_rows(pair, [CHAT], tiny_config)
     assert row["verdict"] == "failed"
     assert "tokens where" in row["error"]
+
+
+def test_decoding_that_does_not_stop_at_the_end_of_a_response_is_refused(pair, tiny_config):
+    other = copy.deepcopy(pair[0])
+    other.eos_token = "<|endoftext|>"
+    with pytest.raises(ValueError, match=r"end with '<\|im_end\|>', but .* set model\.eos_token"):
+        audited_rows((other, pair[1]), [CHAT], tiny_config)
+
+
+def test_a_template_that_nobody_ships_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"'qwen2_55' is neither a file .* nearest one is qwen2_5"):
+        template.read_template("qwen2_55")
 
 
 def test_another_vocabulary_is_refused(tokenizer, tmp_path):

@@ -111,7 +111,7 @@ def test_the_cards_code_runs_and_stops_at_both_tokens(saved, tiny_config):
     names = {}
     card = model_card.CARD_TEMPLATE.read_text("utf-8").replace("{{ name }}", str(folder))
     exec(python_block(card), names)
-    assert names["settings"].eos_token_id == models.stop_ids(names["tokenizer"])
+    assert names["settings"].eos_token_id == models.stop_ids(names["tokenizer"], names["model"])
     assert len(names["response"]) <= 200
 
 
