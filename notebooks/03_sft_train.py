@@ -151,6 +151,7 @@ for targets in (attention, attention | mlp):
 # %%
 in_4bit = config.quantization.load_in_4bit
 base = models.load_weights("base", config, device, in_4bit)
+decoding.check_attention(base.config)  # before the training, not after it
 print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_type)
 
 # %% [markdown]

@@ -77,7 +77,7 @@ def decode(
     """
     import torch
 
-    _check_attention(model.config)
+    check_attention(model.config)
     todo = dict(enumerate(encoded))
     longest = max(map(len, encoded), default=0) + cap
     slots = slots or fitting_slots(model, longest)
@@ -96,7 +96,7 @@ def decode(
         print(f"out of memory: continuing with {slots} slots, {len(todo)} prompts left", flush=True)
 
 
-def _check_attention(shape: Any) -> None:
+def check_attention(shape: Any) -> None:
     """Raises ValueError for attention other than full sdpa, which would misread our mask."""
     kinds = {shape._attn_implementation, *(getattr(shape, "layer_types", None) or [])}
     if other := kinds - {"sdpa", "full_attention"}:

@@ -1,6 +1,7 @@
 """03 trains the tiny model with templates other than Qwen2.5's, from rows with labels."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -49,6 +50,23 @@ def test_03_trains_exactly_the_audited_labels(kind, tmp_path):
     summary = json.loads((tmp_path / "run" / "03_sft_train" / "summary.json").read_text("utf-8"))
     assert summary["rows_compared_with_audit"] == rows
     assert (rows > len(audited)) == (name == "think")
+
+
+@pytest.mark.slow
+def test_attention_that_cannot_be_decoded_is_refused_before_the_training(tmp_path, tiny_config):
+    folder = shutil.copytree(tiny_model.build("base", tiny_config), tmp_path / "sliding")
+    shape = json.loads((folder / "config.json").read_text("utf-8"))
+    shape |= {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    shape.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(shape), "utf-8")
+    given = [f"--set={key}={value}" for key, value in (TINY | {"model.base": folder}).items()]
+    out = ["--overlay", "offline", "--out", tmp_path / "run"]
+    done = run_python(
+        "-m", "tools.run", "01_data_prep", "02_template_audit", "03_sft_train", *out, *given
+    )
+    assert done.returncode == 1
+    assert "Decoding does not support sliding_attention attention" in done.stderr
+    assert not (tmp_path / "run" / "03_sft_train" / "train_log.jsonl").exists()
 
 
 def test_the_loss_is_cross_entropy_at_those_labels(kind, tmp_path, tiny_config):
