@@ -8,12 +8,15 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 try:
     import platformdirs
+    import psutil
 
     from atlas_lib import artifacts, devices, notebooks, session
     from atlas_lib.config import load_config, parse_assignments
@@ -29,16 +32,25 @@ LISTED = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audi
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGINT, interrupt)
     try:
         run_notebooks(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         sys.exit(f"error: the reader of the output has ended; {CONTINUES}")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {sentence_of(error, Path(args.out))}")
-    except KeyboardInterrupt:
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            sys.exit(f"error: {sentence_of(error, Path(args.out))}")
         print(f"error: interrupted; {CONTINUES}", file=sys.stderr)
         sys.exit(130)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """On Ctrl-C, end the notebook too: its client sometimes swallows a KeyboardInterrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing disturbs the end
+    for notebook in psutil.Process().children():
+        notebook.terminate()
+    raise KeyboardInterrupt
 
 
 def run_notebooks(args: argparse.Namespace) -> None:
