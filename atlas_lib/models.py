@@ -17,7 +17,7 @@ QWEN_VOCABULARY, QWEN_STOP_IDS = 151665, [151645, 151643]
 
 def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """The tokenizer with the config's chat template and pad token. Raises ValueError."""
-    tokenizer = _tokenizer_of(config.model.tokenizer, config.model.tokenizer_revision, config)
+    tokenizer = tokenizer_of(config.model.tokenizer, config.model.tokenizer_revision, config)
     if config.model.chat_template:
         tokenizer.chat_template = template.read_template(config.model.chat_template)
     if config.model.pad_token:
@@ -32,7 +32,8 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _tokenizer_of(name: str, revision: str | None, config: Config) -> "PreTrainedTokenizerBase":
+def tokenizer_of(name: str, revision: str | None, config: Config) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder or repository, as it is."""
     from transformers import AutoTokenizer
 
     place, revision = sources.fetch(name, revision, config, "tokenizer")
@@ -44,7 +45,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Config) -> in
 
     Raises ValueError where the two differ: an id must mean the same token to the weights.
     """
-    own = _tokenizer_of(config.model.base, config.model.base_revision, config)
+    own = tokenizer_of(config.model.base, config.model.base_revision, config)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"The vocabulary of {config.model.tokenizer} is not that of {config.model.base}: ids "

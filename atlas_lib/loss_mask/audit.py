@@ -1,10 +1,6 @@
-"""The audit of every row: which tokens the loss will see, written down before a weight is loaded.
-
-python -m atlas_lib.audit sft_qwen05b --overlay offline     # notebook 02 without the notebook
-"""
+"""The audit of every row: which tokens the loss will see, recorded before weights are loaded."""
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,8 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from atlas_lib import artifacts, data, models, session, stages, template
-from atlas_lib.config import load_config, parse_assignments, parse_command
+from atlas_lib import artifacts, data, models, stages, template
 from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, Text
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
@@ -45,13 +40,11 @@ def audit_rows(
     makes the mask from the markers; otherwise training rows are made by prefixes. Prefixes,
     sentinels and (with markers) the grammar of ChatML must agree on every token.
     """
-    auditor = _Auditor(tokenizer, chat_template, config)
-    numbered = enumerate(conversations)
-    while batch := list(islice(numbered, 64)):
-        yield from auditor.batch(batch)
+    auditor = Auditor(tokenizer, chat_template, config)
+    return (record for record, _, _ in auditor.judge(conversations))
 
 
-class _Auditor:
+class Auditor:
     """What the rows of one audit share, and how one of them is judged."""
 
     def __init__(
@@ -63,41 +56,60 @@ class _Auditor:
         self.trl_template = template.trl_training_template(chat_template.text)
         self.sentinels = Sentinels(chat_template)
         self.limit = config.train.max_length or sys.maxsize  # None: TRL truncates nothing
-        self.special = re.compile("|".join(map(re.escape, special)))
+        self.special = chat_template.special
         self.special_ids = set(tokenizer.convert_tokens_to_ids(special))
         self.known_lengths = {row["idx"]: row["n_tokens"] for row in data.known_rows(config)}
         self.decode = cache(tokenizer.decode)
 
-    def batch(self, batch: list[tuple[int, Chat]]) -> Iterator[dict]:
-        """The audit's rows of some conversations, which are tokenised together."""
-        found = [(idx, chat, *self.training_rows(idx, chat)) for idx, chat in batch]
+    def judge(
+        self, conversations: Iterable[Chat | dict]
+    ) -> Iterator[tuple[dict, list[TokenRow], list[Opinion | None]]]:
+        """The audit's row of each conversation, its training rows and the sentinels' opinions.
+
+        A conversation is a list of messages, or a dict with `messages` and `tools`.
+        """
+        numbered = enumerate(conversations)
+        while batch := list(islice(numbered, 64)):
+            yield from self._batch([(idx, *with_tools(given)) for idx, given in batch])
+
+    def _batch(self, batch: list[tuple[int, Chat, list[dict] | None]]) -> Iterator[tuple]:
+        found = [(idx, chat, *self.training_rows(idx, chat, tools)) for idx, chat, tools in batch]
         tokens = tokenise(
             self.tokenizer, self.template, [row for *_, rows, _ in found for row in rows]
         )
         for idx, chat, turns, rows, problem in found:
-            yield self.audited(idx, chat, turns, list(islice(tokens, len(rows))), problem)
+            of_chat = list(islice(tokens, len(rows)))
+            opinions = [self.sentinels.judge(row.row) for row in of_chat]
+            verdict = self.verdict(idx, chat, of_chat, opinions, problem)
+            yield self.record(idx, turns, of_chat, opinions, *verdict), of_chat, opinions
 
-    def training_rows(self, idx: int, chat: Chat) -> tuple[list[Turn], list[Row], str | None]:
+    def training_rows(
+        self, idx: int, chat: Chat, tools: list[dict] | None
+    ) -> tuple[list[Turn], list[Row], str | None]:
         """Turns and training rows of a conversation, or why it has no rows."""
         try:
-            turns = self.template.turns(chat)
+            turns = self.template.turns(chat, tools)
         except ValueError as error:
             raise ValueError(f"Conversation {idx}: {error}") from None
         try:
-            rows = self.template.rows(chat, turns)
+            rows = self.template.rows(chat, turns, tools)
         except ValueError as error:
             return turns, [], str(error)
         if self.marked and len(rows) > 1:
             return turns, [], "the marked template cannot train one row per turn"
         return turns, rows, None if rows else "no assistant turn found"
 
-    def audited(
-        self, idx: int, chat: Chat, turns: list[Turn], rows: list[TokenRow], problem: str | None
+    def record(
+        self,
+        idx: int,
+        turns: list[Turn],
+        rows: list[TokenRow],
+        opinions: list[Opinion | None],
+        verdict: str,
+        error: str | None,
     ) -> dict[str, Any]:
         """One row of the audit's file."""
         limit, head = self.limit, self.config.audit.head_tokens
-        opinions = [self.sentinels.judge(row.row) for row in rows]
-        verdict, error = self.verdict(idx, chat, rows, opinions, problem)
         ids, mask, text = [], np.zeros(0), ""
         if rows:
             ids, mask, text = rows[0].ids[:head], rows[0].mask[:head], rows[0].row.text
@@ -128,13 +140,21 @@ class _Auditor:
 
     def supervised_by_trl(self, rows: list[TokenRow]) -> int:
         """Tokens within the limit that TRL's own training template marks; 0 if it has none."""
-        if not self.trl_template or len(rows) != 1:
-            return 0
-        [row] = rows
-        _, [spans] = render_jinja_template(
-            [row.row.chat], chat_template=self.trl_template, return_assistant_tokens_mask=True
-        )
-        return int(template.mask_of_spans(spans, row.offsets)[: self.limit].sum())
+        return sum(int(self.trl_mask(row)[: self.limit].sum()) for row in rows)
+
+    def trl_mask(self, row: TokenRow) -> np.ndarray:
+        """The mask (n_tokens,) of TRL's own training template; zeros if it renders another text."""
+        texts, spans = [None], [[]]
+        if self.trl_template:
+            texts, spans = render_jinja_template(
+                [row.row.chat],
+                tools=row.row.tools,
+                chat_template=self.trl_template,
+                return_assistant_tokens_mask=True,
+                **self.template.variables,
+            )
+        same = texts[0] == row.row.text
+        return template.mask_of_spans(spans[0] if same else [], row.offsets)
 
     def verdict(self, idx, chat, rows, opinions, problem) -> tuple[str, str | None]:
         """One of "ok", "excluded", "dropped" (nothing to learn once truncated), "failed"; why."""
@@ -183,6 +203,13 @@ class _Auditor:
             for method, places in spans.items()
         }
         return {"prefixes": row.prefixes()} | by_offsets
+
+
+def with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
+    """The messages and the tools of a conversation."""
+    if isinstance(conversation, dict):
+        return conversation["messages"], conversation.get("tools") or None
+    return conversation, None
 
 
 def _learned(dropped: list[Text], row: Row) -> Text | None:
@@ -293,21 +320,3 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
             "02_template_audit again in this environment."
         )
     return len(found)
-
-
-def main() -> None:
-    about = "Audit the loss mask without a notebook."
-    args = parse_command(about, "words", nargs="+", metavar="CONFIG")  # also: audit CONFIG
-    name = args.words[-1]
-    try:
-        config = load_config(name, args.overlay, parse_assignments(args.set))
-        folder = run_audit(config, session.output_folder(args.out, name, args.overlay))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    summary = read_summary(folder)
-    print(json.dumps({k: v for k, v in summary.items() if k != "length_histogram"}, indent=1))
-    raise SystemExit(f"error: {summary['errors'][0]}" if summary["rows_failed"] else 0)
-
-
-if __name__ == "__main__":
-    main()

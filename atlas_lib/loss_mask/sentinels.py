@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
-
-from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Span
+from atlas_lib.loss_mask.turns import RENDERING_ERRORS, Chat, ChatTemplate, Row, Span
 
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
 TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
@@ -41,10 +39,10 @@ class Sentinels:
         self.template = template
         self._skeletons: dict[str, str | None] = {}
 
-    def judge(self, row: Row, tools: list[dict] | None = None) -> Opinion | None:
+    def judge(self, row: Row) -> Opinion | None:
         """Spans of the responses that `row` trains; None if this method cannot tell."""
         marked, texts = mark(row.chat)
-        skeleton = self._skeleton(marked, tools)
+        skeleton = self._skeleton(marked, row.tools)
         if skeleton is None:
             return None
         present = [int(number) for number in SENTINEL.findall(skeleton)]
@@ -62,7 +60,7 @@ class Sentinels:
         if shape not in self._skeletons:
             try:
                 [self._skeletons[shape]] = self.template.render([marked], tools=tools)
-            except (TemplateError, TypeError, ValueError, KeyError):
+            except RENDERING_ERRORS:
                 self._skeletons[shape] = None
         return self._skeletons[shape]
 

@@ -72,7 +72,8 @@ def labelled(
 
     Raises ValueError for a conversation of which no row shows what inference shows.
     """
-    rows = [row for chat in conversations for row in chat_template.rows(chat)]
+    pairs = ((chat, chat_template.turns(chat)) for chat in conversations)
+    rows = [row for chat, turns in pairs for row in chat_template.rows(chat, turns)]
     return [
         {"input_ids": row.ids, "labels": template.labels_of(row.ids, row.mask)}
         for row in tokenise(tokenizer, chat_template, rows)

@@ -8,7 +8,7 @@ after the last response carry no loss and are left out of F.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Chat = list[dict[str, Any]]
 Span = tuple[int, int]
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 USER, RESPONSE, NEXT = "\ue010", "\ue011", "\ue012"  # contents of the probes, in no template
 STATUS = {
     "exact": "the row shows the prompt of inference and the response",
@@ -48,6 +49,7 @@ class Row(NamedTuple):
     chat: Chat
     text: str
     spans: dict[int, Span]
+    tools: list[dict] | None = None
 
 
 class ChatTemplate:
@@ -65,8 +67,8 @@ class ChatTemplate:
             raise ValueError("The tokenizer has no chat template; name one: model.chat_template.")
         added = tokenizer.added_tokens_decoder
         self.added_ids = np.fromiter(added, dtype=np.int64)
-        longest_first = sorted((t.content for t in added.values()), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.added = any_of(token.content for token in added.values())
+        self.special = any_of(token.content for token in added.values() if token.special)
         self.stops, self.header = self._probe_stops(), self._probe_header()
         self._tokens_of: dict[str, list[int]] = {}
 
@@ -90,21 +92,21 @@ class ChatTemplate:
         chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
         try:
             return self.render([chat], prompt)[0]
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except RENDERING_ERRORS as error:
             raise ValueError(f"The chat template does not render a plain chat: {error}.") from None
 
     def _probe_stops(self) -> tuple[str, ...]:
-        """The added tokens that end a response: those that follow it, last turn or not."""
+        """The special tokens that end a response: those that follow it, last turn or not."""
         last, followed = self._probe(USER, RESPONSE), self._probe(USER, RESPONSE, NEXT)
         if RESPONSE not in last or RESPONSE not in followed:
             raise ValueError("The chat template does not render the content of responses.")
         tails = [text.split(RESPONSE)[-1] for text in (last, followed)]
-        if shared := self.added.findall(_common_start(*tails)):
+        if shared := self.special.findall(_common_start(*tails)):
             always_prompts = self._probe(USER, RESPONSE, prompt=True) == last
             return (shared[0 if always_prompts else -1],)
-        found = self.added.findall(tails[0])[-1:] or self.added.findall(tails[1])[:1]
+        found = self.special.findall(tails[0])[-1:] or self.special.findall(tails[1])[:1]
         if not found:
-            raise ValueError("The chat template ends responses with no token of the tokenizer.")
+            raise ValueError("The chat template ends responses with no special token.")
         return tuple(found)
 
     def _probe_header(self) -> str:
@@ -122,10 +124,19 @@ class ChatTemplate:
         try:
             prompts = self.render([chat[:i] for i in where], True, tools)
             answered = self.render([chat[: i + 1] for i in where], tools=tools)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+        except RENDERING_ERRORS as error:
+            refused = next(i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            raise ValueError(
+                f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
+            ) from None
         triples = zip(where, prompts, answered, strict=True)
         return [self._turn(i, prompt, reply, answered[-1]) for i, prompt, reply in triples]
+
+    def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
+        try:
+            return bool(self.render([chat], tools=tools))
+        except RENDERING_ERRORS:
+            return False
 
     def _turn(self, message: int, prompt: str, answered: str, text: str) -> Turn:
         ends = [answered.rfind(stop, len(prompt)) for stop in self.stops]
@@ -141,12 +152,11 @@ class ChatTemplate:
             status = "exact" if text.startswith(prompt + emission) else "history"
         return Turn(message, prompt, answered, emission, status)
 
-    def rows(self, chat: Chat, turns: Sequence[Turn] | None = None) -> list[Row]:
+    def rows(self, chat: Chat, turns: Sequence[Turn], tools: list[dict] | None = None) -> list[Row]:
         """One row of the whole chat if all turns are exact, else one row per turn.
 
         Raises ValueError that names a turn for which no row shows what inference shows.
         """
-        turns = self.turns(chat) if turns is None else turns
         for turn in turns:
             if turn.status not in ONE_ROW_PER_TURN:
                 raise ValueError(f"message {turn.message}: {STATUS[turn.status]}")
@@ -157,6 +167,7 @@ class ChatTemplate:
                 chat[: turn.message + 1],
                 turn.answered,
                 spans if whole else {turn.message: spans[turn.message]},
+                tools,
             )
             for turn in (turns[-1:] if whole else turns)
         ]
@@ -188,6 +199,12 @@ class ChatTemplate:
             ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
             self._tokens_of[tail] = np.asarray(ids)
         return self._tokens_of[tail]
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern:
+    """A pattern that matches the longest of some tokens; of none, it matches nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _common_start(one: str, other: str) -> str:

@@ -1,0 +1,141 @@
+"""Audit the loss mask that a tokenizer's chat template gives for a file of conversations.
+
+python -m atlas_lib.audit --tokenizer Qwen/Qwen3-0.6B --data chats.jsonl --max-length 1024
+python -m atlas_lib.audit --tokenizer FOLDER --data chats.jsonl --labels rows.parquet
+python -m atlas_lib.audit sft_qwen05b --overlay offline    # notebook 02 without the notebook
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from atlas_lib import artifacts, models, session, sources, template
+from atlas_lib.config import load_config, parse_assignments
+from atlas_lib.loss_mask import audit, page, report
+from atlas_lib.loss_mask.turns import ChatTemplate
+
+EXACT, FINDINGS, BAD_INPUT = 0, 1, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="Exit status: 0 every row is exact, 1 there are findings, 2 the input is unusable.",
+    )
+    parser.add_argument("config", nargs="*", help="audit the subset of this config instead")
+    parser.add_argument("--tokenizer", help="folder or hub id")
+    parser.add_argument("--data", help=".jsonl or .parquet file, or hub id, with `messages`")
+    parser.add_argument("--max-length", type=int, help="tokens at which the trainer cuts a row")
+    parser.add_argument("--template", help=".jinja file, or a template of TRL by name")
+    parser.add_argument("--labels", type=Path, help=".jsonl or .parquet with input_ids and labels")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument("--html", type=Path, help="write a page that shows any row")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--overlay", default="", help="of a config")
+    parser.add_argument("--out", default="", help="of a config")
+    args = parser.parse_args()
+    if bool(args.config) == bool(args.tokenizer and args.data):
+        parser.error("give --tokenizer and --data, or a config")
+    try:
+        status = audit_config(args) if args.config else audit_file(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = BAD_INPUT
+    raise SystemExit(status)
+
+
+def audit_config(args: argparse.Namespace) -> int:
+    """Run stage 02 for a config and print its summary."""
+    name = args.config[-1]  # also: audit CONFIG
+    config = load_config(name, args.overlay, parse_assignments(args.set))
+    folder = audit.run_audit(config, session.output_folder(args.out, name, args.overlay))
+    summary = audit.read_summary(folder)
+    print(json.dumps({k: v for k, v in summary.items() if k != "length_histogram"}, indent=1))
+    return FINDINGS if summary["rows_failed"] else EXACT
+
+
+def audit_file(args: argparse.Namespace) -> int:
+    """Audit the conversations of a file and print the report."""
+    overrides = {"model.tokenizer": args.tokenizer, "model.tokenizer_revision": None}
+    overrides |= {"data.dataset": args.data, "data.revision": None, "label": ""}
+    overrides |= {"train.max_length": args.max_length, "model.chat_template": args.template}
+    overrides["model.chat_template_kwargs"] = parse_assignments(args.set)
+    config = load_config("sft_qwen05b", "", overrides)
+    tokenizer = models.tokenizer_of(args.tokenizer, None, config)
+    if args.template:
+        tokenizer.chat_template = template.read_template(args.template)
+    chat_template = ChatTemplate(tokenizer, **config.model.chat_template_kwargs)
+    print(template.choose_supervision(tokenizer))
+    conversations = read_conversations(args.data)
+    auditor = audit.Auditor(tokenizer, chat_template, config)
+    found = report.examine(auditor, conversations, generation_stops(args.tokenizer, tokenizer))
+    if args.labels:
+        found.findings += report.judge_labels(auditor, conversations, read_rows(args.labels))
+    print(*found.lines(), sep="\n")
+    print("EXACT" if not found.findings else "NOT EXACT")
+    if args.json:
+        artifacts.write_json(args.json, dataclasses.asdict(found))
+    if args.html:
+        page.write_page(args.html, auditor, conversations)
+    return FINDINGS if found.findings else EXACT
+
+
+def generation_stops(name: str, tokenizer: Any) -> list[str]:
+    """The tokens at which generation stops: the tokenizer's eos, and the generation config's."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(sources.locate(name) or name).eos_token_id or []
+    except (OSError, ValueError):
+        found = []
+    ids = [tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])]
+    return tokenizer.convert_ids_to_tokens([i for i in dict.fromkeys(ids) if i is not None])
+
+
+def read_conversations(name: str) -> list[dict]:
+    """Rows with `messages` (and `tools`) of a local file or a dataset of the hub, checked."""
+    rows = read_rows(path) if (path := sources.locate(name)) else _rows_of_hub(name)
+    if rows and "messages" not in rows[0]:
+        raise ValueError(f"{name} has no column `messages`, only {', '.join(rows[0])}; rename one.")
+    for number, row in enumerate(rows):
+        if problem := _problem(row["messages"]):
+            raise ValueError(f"{name}, row {number} (from 0): {problem}.")
+    return rows
+
+
+def _rows_of_hub(name: str) -> list[dict]:
+    from datasets import load_dataset
+
+    sources.check_hub(name, None, "dataset")
+    return load_dataset(name, split="train").to_list()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl or .parquet file."""
+    if path.suffix == ".jsonl":
+        return artifacts.read_jsonl(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    raise ValueError(f"{path} is neither .jsonl nor .parquet; convert it to one of them.")
+
+
+def _problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "`messages` is not a list, or empty"
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"message {index} is not an object with a role"
+        content = message.get("content")
+        if not isinstance(content, str) and not message.get("tool_calls"):
+            kind = "a list of parts" if isinstance(content, list) else type(content).__name__
+            return f"message {index} has content that is not text ({kind})"
+    return None
+
+
+if __name__ == "__main__":
+    main()

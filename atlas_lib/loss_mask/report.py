@@ -1,0 +1,169 @@
+"""The findings of an audit of any tokenizer on any conversations, and how to print them."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from atlas_lib import template
+from atlas_lib.loss_mask.audit import Auditor, with_tools
+from atlas_lib.loss_mask.token_rows import TokenRow
+from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
+
+VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")  # switches of known templates
+SHOWN_FINDINGS = 5
+
+
+@dataclass
+class Report:
+    """What an audit of conversations found; `findings` is empty if every row is exact."""
+
+    stops: tuple[str, ...]
+    generation_stops: list[str]
+    trl: bool  # whether TRL has a training template for this one
+    counts: Counter = field(default_factory=Counter)
+    status: Counter = field(default_factory=Counter)
+    example: dict[str, str] = field(default_factory=dict)  # status -> where it was first seen
+    dropped: Counter = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """The report in lines of text."""
+        count = self.counts
+        share = count["n_supervised"] / max(count["n_tokens"], 1)
+        yield (
+            f"{count['rows']:,} conversations, {count['turns']:,} responses; "
+            f"{count['n_supervised']:,} of {count['n_tokens']:,} tokens are learned ({share:.0%})"
+        )
+        stops = ", ".join(map(repr, self.stops))
+        yield f"responses end with {stops}; generation stops at {', '.join(self.generation_stops)}"
+        for status, number in self.status.most_common():
+            yield f"{status}: {number:,} responses, {self.example[status]}: {STATUS[status]}"
+        rows = f"training rows: {count['training_rows']:,}"
+        if alone := count["rows_of_one_turn"]:
+            rows += f", {alone:,} of them with one response, as the template rewrites earlier turns"
+        yield rows
+        judged = count["training_rows"] - count["judged_by_prefixes_alone"]
+        yield f"second method (sentinels): judged {judged:,} of {count['training_rows']:,} rows"
+        if self.dropped:
+            fields = ", ".join(f"{name} ({number:,})" for name, number in self.dropped.items())
+            yield f"texts that the template leaves out: {fields}"
+        if count["turns_cut"]:
+            yield f"{count['turns_cut']:,} responses lose their end to --max-length"
+        if count["rows_excluded"]:
+            yield f"{count['rows_excluded']:,} conversations contain special tokens: exclude them"
+        yield self.trl_line()
+        yield from (f"FINDING {finding}" for finding in self.findings[:SHOWN_FINDINGS])
+        if (more := len(self.findings) - SHOWN_FINDINGS) > 0:
+            yield f"... and {more:,} more"
+        yield from self.advice
+
+    def trl_line(self) -> str:
+        """What TRL's assistant_only_loss would do with these conversations."""
+        if not self.trl:
+            return "TRL's assistant_only_loss: no training template for this one, raises ValueError"
+        if not self.counts["trl_rows"]:
+            return "TRL's assistant_only_loss: its training template rewrites the text of all rows"
+        more, fewer = self.counts["trl_extra"], self.counts["trl_missing"]
+        return f"TRL's assistant_only_loss: {more:,} tokens too many, {fewer:,} too few"
+
+
+def examine(auditor: Auditor, conversations: Sequence, generation_stops: list[str]) -> Report:
+    """Audit `conversations` and say what to do about the findings."""
+    report = Report(auditor.template.stops, generation_stops, auditor.trl_template is not None)
+    for record, rows, opinions in auditor.judge(conversations):
+        where = f"row {record['idx']}"
+        report.counts.update(_counts(record, rows, auditor))
+        report.status.update(record["turn_status"])
+        for opinion in filter(None, opinions):
+            report.dropped.update({text.key for text in opinion.dropped})
+        if record["verdict"] == "failed":
+            report.findings.append(f"{where}: {record['error']}")
+        if "prompt" in record["turn_status"] and "prompt" not in report.example:
+            report.advice += _switches(auditor.template, conversations[record["idx"]])
+        for status in record["turn_status"]:
+            report.example.setdefault(status, where)
+    report.advice += _advice(report)
+    return report
+
+
+def _counts(record: dict, rows: list[TokenRow], auditor: Auditor) -> dict[str, int]:
+    comparable = rows if auditor.trl_template and len(rows) == 1 else []
+    pairs = [(row.mask, auditor.trl_mask(row)) for row in comparable]
+    return {
+        "rows": 1,
+        "turns": len(record["turn_status"]),
+        "turns_cut": sum(turn["cut"] for turn in record["turns"]),
+        "rows_of_one_turn": len(rows) if len(rows) > 1 else 0,
+        "trl_rows": sum(bool(theirs.any()) for _, theirs in pairs),
+        "trl_extra": sum(int((theirs & ~ours).sum()) for ours, theirs in pairs),
+        "trl_missing": sum(int((ours & ~theirs).sum()) for ours, theirs in pairs if theirs.any()),
+        f"rows_{record['verdict']}": 1,
+    } | {
+        key: record[key]
+        for key in ("n_tokens", "n_supervised", "training_rows", "judged_by_prefixes_alone")
+    }
+
+
+def _advice(report: Report) -> Iterator[str]:
+    for stop in set(report.stops) - set(report.generation_stops):
+        yield f"Generation does not stop at {stop!r}: add it to eos_token_id of its config."
+    if report.counts["rows_of_one_turn"]:
+        yield "Train one row per response: a row with a whole conversation would not be exact."
+    if report.status["no stop"]:
+        yield "Append the stop token to the last response: only a next message would add it."
+
+
+def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
+    """Which variables of the template would make the responses of `conversation` exact."""
+    chat, tools = with_tools(conversation)
+    for name, value in product(VARIABLES, (False, True)):
+        variables = chat_template.variables | {name: value}
+        other = ChatTemplate(chat_template.tokenizer, chat_template.text, **variables)
+        if not any(turn.status == "prompt" for turn in other.turns(chat, tools)):
+            yield f"--set {name}={str(value).lower()} makes the prompt the beginning of the row."
+
+
+def judge_labels(auditor: Auditor, conversations: Iterable, given: Iterable[dict]) -> list[str]:
+    """What is wrong with rows of `input_ids` and `labels` made of these conversations elsewhere.
+
+    Rows are matched with conversations by their ids, so that their order does not matter.
+    """
+    expected = {}
+    for _, rows, _ in auditor.judge(conversations):
+        for row in rows:
+            expected[tuple(row.ids[: auditor.limit])] = row
+    problems = []
+    for number, row in enumerate(given):
+        ids, labels = row["input_ids"], np.asarray(row["labels"])
+        found = expected.get(tuple(ids))
+        if found is None:
+            problems.append(f"labels row {number}: its ids are those of no conversation")
+            continue
+        problems += _difference(number, ids, labels, found, auditor)
+    return problems
+
+
+def _difference(
+    number: int, ids: list[int], labels: np.ndarray, row: TokenRow, auditor: Auditor
+) -> Iterator[str]:
+    trained = labels != template.IGNORED
+    if len(labels) != len(ids):
+        yield f"labels row {number}: {len(labels)} labels for {len(ids)} ids"
+        return
+    wrong = np.flatnonzero(trained != row.mask[: len(ids)])
+    shifted = np.flatnonzero(trained & (labels != np.asarray(ids)))
+    for kind, places in (("label is another token at", shifted), ("mask differs at", wrong)):
+        if places.size:
+            first = int(places[0])
+            token = auditor.decode(ids[first])
+            should = "must be trained" if row.mask[first] else "must not be trained"
+            yield (
+                f"labels row {number}: {kind} {places.size:,} tokens, first at token {first} "
+                f"({token!r}), which {should}"
+            )
+            return
