@@ -7,58 +7,96 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import template
 from atlas_lib.loss_mask.sentinels import Opinion, Sentinels
-from atlas_lib.loss_mask.turns import NEXT, ONE_ROW_PER_TURN, RESPONSE, USER, ChatTemplate, Row
+from atlas_lib.loss_mask.turns import (
+    NEXT,
+    ONE_ROW_PER_TURN,
+    RENDERING_ERRORS,
+    RESPONSE,
+    USER,
+    ChatTemplate,
+    Row,
+    Span,
+)
 from tools.random_chats import ARGUMENTS, FIELDS, QUOTED, TOOLS, Conversations, Shape, answer, call
 
 STAND_IN = (
-    "Stops and headers without the models' tokenizers: the added tokens are taken to be the markers "
-    "in a template's text and in what it renders, and BOS and EOS are called <|bos_token|> and "
-    "<|eos_token|>."
+    "Stops and headers are found without the models' tokenizers: the markers in a template's text "
+    "and in what it renders stand in for the special tokens, and BOS and EOS are called "
+    "<|bos_token|> and <|eos_token|>."
 )
 MARKER = re.compile(
     r"<(?!/?(?:think|tool))[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|\[\|[a-z]+\|\]|\[e~\[|\]~b\]"
 )
 PER_TURN = "one row per turn"
 GOOD = ("exact", PER_TURN)  # statuses of templates that can be trained, best first
-SWITCHES = ("enable_thinking", "thinking")  # variables that, if false, may make a template exact
-CHATS = {"plain": 15, "tools": 6, "reasoning": 6}  # conversations of each kind
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+SWITCHES = {  # variables that may make a template exact
+    "enable_thinking": (False, True),
+    "thinking": (False, True),
+    "preserve_thinking": (True,),
+    "clear_thinking": (False,),
+    "truncate_history_thinking": (False,),
+    "is_training": (True,),
+}
+CHATS = {"plain": 15, "tools": 8, "reasoning": 8}  # conversations of each kind
 QUESTION = {"role": "user", "content": USER}
 
 
 class StandIn:
     """What ChatTemplate needs of a tokenizer, guessed from the template; see STAND_IN."""
 
-    special_tokens_map = {"bos_token": "<|bos_token|>", "eos_token": "<|eos_token|>"}
+    special_tokens_map = MappingProxyType(
+        {"bos_token": "<|bos_token|>", "eos_token": "<|eos_token|>"}
+    )
 
     def __init__(self, text: str):
         self.chat_template = text
         try:
             chat = [QUESTION, answer(RESPONSE, ""), QUESTION]
             shown, _ = render_jinja_template([chat], chat_template=text, **self.special_tokens_map)
-        except REFUSALS:
+        except RENDERING_ERRORS:
             shown = []  # ChatTemplate says why
         found = set(MARKER.findall(text + "".join(shown))) | set(self.special_tokens_map.values())
         self.markers = sorted(found)
-        self.added_tokens_decoder = dict(enumerate(map(AddedToken, self.markers)))
+        tokens = (AddedToken(marker, special=True) for marker in self.markers)
+        self.added_tokens_decoder = dict(enumerate(tokens))
 
 
 class Verdict(NamedTuple):
-    """What the two methods say of one conversation, and what TRL's markers would train."""
+    """What the two methods say of one conversation; no opinion where sentinels cannot judge."""
 
     status: str
     rows: Sequence[Row] = ()
-    judged: int = 0  # rows that sentinels can judge, too
-    contradictions: Sequence[dict] = ()
-    dropped: Sequence[str] = ()
+    opinions: Sequence[Opinion | None] = ()
+
+    def judged_by_both(self) -> Iterator[tuple[Row, Opinion]]:
+        pairs = zip(self.rows, self.opinions, strict=True)
+        return ((row, opinion) for row, opinion in pairs if opinion)
+
+    def dropped(self) -> list[str]:
+        """Texts that rows should show or teach and do not; earlier reasoning may be left out."""
+        return [
+            f"{row.chat[text.message]['role']} {text.key}"
+            for row, opinion in self.judged_by_both()
+            for text in opinion.dropped
+            if text.message in row.spans or text.key in ("content", "tool_calls")
+        ]
+
+    def contradictions(self) -> Iterator[dict[str, Any]]:
+        """The responses for which the methods find different spans."""
+        for row, opinion in self.judged_by_both():
+            for message, span in row.spans.items():
+                if opinion.spans[message] != span:
+                    other = row.text[slice(*opinion.spans[message])]
+                    texts = {"prefixes": row.text[slice(*span)], "sentinels": other}
+                    yield {"message": message} | texts
 
 
 def survey_template(text: str) -> dict[str, Any]:
@@ -67,28 +105,38 @@ def survey_template(text: str) -> dict[str, Any]:
         judge = Judge(ChatTemplate(StandIn(text)))
     except ValueError as error:
         return {"status": "refused", "reason": str(error).splitlines()[0][:200]}
-    verdicts = judge.kind("plain")
+    shapes = judge.shapes()
+    verdicts = {kind: list(judge.verdicts(kind, CHATS[kind], shapes[kind])) for kind in shapes}
+    summaries = {kind: summary_of(each) for kind, each in verdicts.items()}
+    whole = [row for v in verdicts["plain"] if len(v.rows) == 1 for row in v.rows]
     record = {
-        **summary_of(verdicts),
+        **summaries.pop("plain"),
         "stop": "".join(judge.template.stops),
         "header": judge.template.header,
         "lead": judge.lead(),
-        "takes_system": judge.takes_system,
-        "trl": judge.by_trl([row for v in verdicts if len(v.rows) == 1 for row in v.rows]),
+        "shows_system": judge.shows_system,
+        "trl": judge.by_trl(whole),
     }
-    if record["status"] not in GOOD[:1]:
+    if record["status"] != "exact":
         record["exact_with"] = best_switch(text, record["status"])
-    return record | judge.tools() | judge.reasoning()
+    if "tools" in shapes:
+        record["tools"] = {"arguments": shapes["tools"].arguments} | summaries["tools"]
+    if "reasoning" in shapes:
+        fields = [field for field in FIELDS if judge.shows_reasoning(field)]
+        record["reasoning"] = {"fields": fields} | summaries["reasoning"]
+    return record
 
 
 def best_switch(text: str, status: str) -> dict[str, str] | None:
-    """The variable that makes a template exact, or trainable, if it is false."""
-    for switch in SWITCHES:
-        if re.search(rf"\b{switch}\b", text):
-            judge = Judge(ChatTemplate(StandIn(text), **{switch: False}))
-            better = status_of(Counter(verdict.status for verdict in judge.kind("plain")))
+    """The variable that makes a template exact or, if it was not, trainable."""
+    pairs = ((name, value) for name, values in SWITCHES.items() for value in values)
+    for name, value in pairs:
+        if re.search(rf"\b{name}\b", text):
+            judge = Judge(ChatTemplate(StandIn(text), **{name: value}))
+            verdicts = judge.verdicts("plain", CHATS["plain"], judge.shapes()["plain"])
+            better = status_of(Counter(verdict.status for verdict in verdicts))
             if better in GOOD and better != status:
-                return {"variable": f"{switch}=false", "status": better}
+                return {"variable": f"{name}={str(value).lower()}", "status": better}
     return None
 
 
@@ -97,13 +145,13 @@ class Judge:
 
     def __init__(self, chat_template: ChatTemplate):
         self.template, self.sentinels = chat_template, Sentinels(chat_template)
-        self.takes_system = self.shows([{"role": "system", "content": "x"}, QUESTION])
+        self.shows_system = self.shows([{"role": "system", "content": NEXT}, QUESTION], NEXT)
 
     def shows(self, chat: list[dict], shown: str = "", tools: list[dict] | None = None) -> bool:
         """Whether the template renders `chat`, and `shown` in it."""
         try:
             return shown in self.template.render([chat], tools=tools)[0]
-        except REFUSALS:
+        except RENDERING_ERRORS:
             return False
 
     def lead(self) -> str | None:
@@ -113,29 +161,28 @@ class Judge:
             return None
         return turn.answered[len(turn.prompt) :].split(RESPONSE)[0]
 
-    def tools(self) -> dict[str, Any]:
-        for arguments in ARGUMENTS:
-            if self.shows([QUESTION, call(RESPONSE, arguments)], RESPONSE, TOOLS):
-                found = summary_of(self.kind("tools", arguments=arguments))
-                return {"tools": {"arguments": arguments} | found}
-        return {}
+    def shows_reasoning(self, field: str) -> bool:
+        return self.shows([QUESTION, answer(RESPONSE, NEXT, field)], NEXT)
 
-    def reasoning(self) -> dict[str, Any]:
-        if not re.search("think|reasoning", self.template.text):
-            return {}
-        shown = [f for f in FIELDS if self.shows([QUESTION, answer(RESPONSE, NEXT, f)], NEXT)]
-        found = summary_of(self.kind("reasoning", reasoning=shown[0])) if shown else {}
-        return {"reasoning": {"fields": shown} | found}
+    def shapes(self) -> dict[str, Shape]:
+        """The kinds of conversations that the template renders."""
+        found = {"plain": Shape(self.shows_system)}
+        calls = ((given, call(RESPONSE, given)) for given in ARGUMENTS)
+        shown = (given for given, each in calls if self.shows([QUESTION, each], RESPONSE, TOOLS))
+        if given := next(shown, None):
+            found["tools"] = Shape(self.shows_system, arguments=given)
+        fields = filter(self.shows_reasoning, FIELDS)
+        if re.search("think|reasoning", self.template.text) and (field := next(fields, None)):
+            found["reasoning"] = Shape(self.shows_system, reasoning=field)
+        return found
 
-    def kind(self, kind: str, **shape: Any) -> list[Verdict]:
+    def verdicts(self, kind: str, count: int, shape: Shape) -> Iterator[Verdict]:
         """Verdicts on random conversations of one kind; every third quotes markers."""
-        markers = (*QUOTED, *self.template.tokenizer.markers)
-        shape = Shape(system=self.takes_system, **shape)
-        drawn = (
-            Conversations(f"{kind} {number}", markers if number % 3 == 2 else ()).draw(shape)
-            for number in range(CHATS[kind])
-        )
-        return [self.conversation(chat, TOOLS if kind == "tools" else None) for chat in drawn]
+        tokens = self.template.tokenizer.added_tokens_decoder.values()
+        markers = (*QUOTED, *(token.content for token in tokens))
+        for number in range(count):
+            draw = Conversations(f"{kind} {number}", markers if number % 3 == 2 else ())
+            yield self.conversation(draw.draw(shape), TOOLS if kind == "tools" else None)
 
     def conversation(self, chat: list[dict], tools: list[dict] | None = None) -> Verdict:
         try:
@@ -144,13 +191,10 @@ class Judge:
             return Verdict("raises")
         if wrong := [turn.status for turn in turns if turn.status not in ONE_ROW_PER_TURN]:
             return Verdict(wrong[0])
-        rows = self.template.rows(chat, turns)
-        opinions = [self.sentinels.judge(row, tools) for row in rows]
-        both = [(row, opinion) for row, opinion in zip(rows, opinions, strict=True) if opinion]
-        dropped = [name for pair in both for name in dropped_by(*pair)]
+        rows = self.template.rows(chat, turns, tools)
         status = GOOD[any(turn.status != "exact" for turn in turns)]
-        found = [each for pair in both for each in contradictions(*pair)]
-        return Verdict("dropped" if dropped else status, rows, len(both), found, dropped)
+        verdict = Verdict(status, rows, [self.sentinels.judge(row) for row in rows])
+        return verdict._replace(status="dropped") if verdict.dropped() else verdict
 
     def by_trl(self, rows: Sequence[Row]) -> dict[str, Any] | None:
         """What TRL trains beyond the responses of whole conversations; None if it refuses."""
@@ -158,34 +202,16 @@ class Judge:
             return None
         counts = {"beyond": Counter(), "missing": Counter(), "other_text": 0, "responses": 0}
         for row in rows:
-            text, trained = spans_by_trl(row, markers[1], self.template.tokenizer)
+            text, spans = mark_by_trl(row, markers[1], self.template.tokenizer)
             if text != row.text:
                 counts["other_text"] += 1
                 continue
-            wanted = characters(row.spans.values())
+            trained, wanted = characters(spans), characters(row.spans.values())
             counts["responses"] += len(row.spans)
             counts["beyond"].update(pieces(text, trained - wanted))
             counts["missing"].update(pieces(text, wanted - trained))
         shown = {key: dict(counts[key].most_common(5)) for key in ("beyond", "missing")}
         return {"template": markers[0], "rows": len(rows)} | counts | shown
-
-
-def dropped_by(row: Row, opinion: Opinion) -> list[str]:
-    """Texts that the row should show or teach and does not; earlier reasoning may be left out."""
-    return [
-        f"{row.chat[text.message]['role']} {text.key}"
-        for text in opinion.dropped
-        if text.message in row.spans or text.key in ("content", "tool_calls")
-    ]
-
-
-def contradictions(row: Row, opinion: Opinion) -> Iterator[dict[str, Any]]:
-    """The responses of a row for which the methods find different spans."""
-    for message, span in row.spans.items():
-        if opinion.spans[message] != span:
-            texts = {"prefixes": row.text[slice(*span)]}
-            texts["sentinels"] = row.text[slice(*opinion.spans[message])]
-            yield {"message": message, "row": row.text} | texts
 
 
 def trl_markers(text: str) -> tuple[str, str] | None:
@@ -197,18 +223,19 @@ def trl_markers(text: str) -> tuple[str, str] | None:
     return (next(names), training) if training else None
 
 
-def spans_by_trl(row: Row, markers: str, tokenizer: Any) -> tuple[str, set[int]]:
-    """The text that a template with markers renders, and the characters that it marks."""
+def mark_by_trl(row: Row, markers: str, tokenizer: Any) -> tuple[str, list[Span]]:
+    """The text that a template with markers renders, and the spans that it marks."""
     [text], [spans] = render_jinja_template(
         [row.chat],
+        tools=row.tools,
         chat_template=markers,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return text, characters(spans)
+    return text, spans
 
 
-def characters(spans: Iterable[tuple[int, int]]) -> set[int]:
+def characters(spans: Iterable[Span]) -> set[int]:
     return {at for start, end in spans for at in range(start, end)}
 
 
@@ -233,11 +260,11 @@ def summary_of(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "status": status_of(chats),
         "chats": dict(chats),
         "rows": sum(len(verdict.rows) for verdict in verdicts),
-        "judged_by_both": sum(verdict.judged for verdict in verdicts),
-        "dropped": sorted({name for verdict in verdicts for name in verdict.dropped}),
+        "judged_by_both": sum(1 for verdict in verdicts for _ in verdict.judged_by_both()),
+        "dropped": sorted({name for verdict in verdicts for name in verdict.dropped()}),
         "contradictions": [
             {"chat": number} | found
             for number, verdict in enumerate(verdicts)
-            for found in verdict.contradictions
+            for found in verdict.contradictions()
         ],
     }

@@ -1,4 +1,4 @@
-"""Random conversations that test a chat template: whitespace, unicode, quoted markers, tool calls."""
+"""Random conversations for chat templates: whitespace, unicode, quoted markers, tool calls."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from atlas_lib.loss_mask.turns import Chat
 
 WORDS = ("hello", "wörld", " ", "\n", "assistant", "[/ INST]", "{{ x }}", "a b", "日本", "😀", "x")
 QUOTED = ("<|im_end|>", "<|eot_id|>", "</s>", "[INST]", "<end_of_turn>", "<|im_start|>user\n")
-ARGUMENTS = ("object", "text")  # how templates want the arguments of a call
+ARGUMENTS = ("object", "text")  # how a template wants the arguments of calls
 FIELDS = ("reasoning_content", "reasoning", "thinking", "inline")  # keys, or tags in the content
 TOOL = {
     "name": "look",
@@ -25,7 +25,7 @@ TOOLS = [{"type": "function", "function": TOOL}]
 
 @dataclass(frozen=True)
 class Shape:
-    """What conversations contain: a system turn or not, calls with arguments, reasoning."""
+    """What conversations contain: system turns, calls with ARGUMENTS, reasoning in FIELDS."""
 
     system: bool = True
     arguments: str | None = None
@@ -54,19 +54,20 @@ class Conversations:
         for turn in range(self.random.randint(1, shape.turns)):
             chat.append({"role": "user", "content": self.text()})
             if shape.arguments and (turn == 0 or self.random.random() < 0.5):
-                chat += [call(self.text(), shape.arguments), result(self.text())]
+                content = self.text() if self.random.random() < 0.5 else ""
+                chat += [call(self.text(), shape.arguments, content), result(self.text())]
             chat.append(answer(self.text(), self.text(), shape.reasoning))
         return chat
 
 
-def call(where: str, arguments: str) -> dict:
+def call(where: str, arguments: str, content: str = "") -> dict:
     """An assistant message that calls the tool."""
     value = {"where": where}
     function = {
         "name": "look", "arguments": value if arguments == "object" else json.dumps(value)
     }  # fmt: skip
     calls = [{"type": "function", "id": "abcdefghi", "function": function}]
-    return {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
 def result(content: str) -> dict:

@@ -33,7 +33,9 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     for status, counts in survey["statuses"].items():
-        print(f"{status:18}{counts['templates']:5} templates {counts['repositories']:6} repositories")
+        print(
+            f"{status:18}{counts['templates']:5} templates {counts['repositories']:6} repositories"
+        )
     if args.json:
         artifacts.write_json(args.json, survey)
 
