@@ -6,7 +6,6 @@ python -m atlas_lib.audit sft_qwen05b --overlay offline    # notebook 02 without
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -77,7 +76,7 @@ def audit_file(args: argparse.Namespace) -> int:
     print(*found.lines(), sep="\n")
     print("EXACT" if not found.findings else "NOT EXACT")
     if args.json:
-        artifacts.write_json(args.json, dataclasses.asdict(found))
+        artifacts.write_json(args.json, vars(found))
     if args.html:
         page.write_page(args.html, auditor, conversations)
     return FINDINGS if found.findings else EXACT

@@ -54,8 +54,6 @@ class Report:
             yield f"texts that the template leaves out: {fields}"
         if count["turns_cut"]:
             yield f"{count['turns_cut']:,} responses lose their end to --max-length"
-        if count["rows_excluded"]:
-            yield f"{count['rows_excluded']:,} conversations contain special tokens: exclude them"
         yield self.trl_line()
         yield from (f"FINDING {finding}" for finding in self.findings[:SHOWN_FINDINGS])
         if (more := len(self.findings) - SHOWN_FINDINGS) > 0:
@@ -81,7 +79,7 @@ def examine(auditor: Auditor, conversations: Sequence, generation_stops: list[st
         report.status.update(record["turn_status"])
         for opinion in filter(None, opinions):
             report.dropped.update({text.key for text in opinion.dropped})
-        if record["verdict"] == "failed":
+        if record["error"]:
             report.findings.append(f"{where}: {record['error']}")
         if "prompt" in record["turn_status"] and "prompt" not in report.example:
             report.advice += _switches(auditor.template, conversations[record["idx"]])
@@ -126,44 +124,48 @@ def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
         other = ChatTemplate(chat_template.tokenizer, chat_template.text, **variables)
         if not any(turn.status == "prompt" for turn in other.turns(chat, tools)):
             yield f"--set {name}={str(value).lower()} makes the prompt the beginning of the row."
+            return
+    yield "No known variable of the template mends that; try another one with --template."
 
 
-def judge_labels(auditor: Auditor, conversations: Iterable, given: Iterable[dict]) -> list[str]:
+def judge_labels(
+    auditor: Auditor, conversations: Iterable, labelled: Iterable[dict]
+) -> Iterator[str]:
     """What is wrong with rows of `input_ids` and `labels` made of these conversations elsewhere.
 
     Rows are matched with conversations by their ids, so that their order does not matter.
     """
-    expected = {}
-    for _, rows, _ in auditor.judge(conversations):
-        for row in rows:
-            expected[tuple(row.ids[: auditor.limit])] = row
-    problems = []
-    for number, row in enumerate(given):
-        ids, labels = row["input_ids"], np.asarray(row["labels"])
-        found = expected.get(tuple(ids))
-        if found is None:
-            problems.append(f"labels row {number}: its ids are those of no conversation")
-            continue
-        problems += _difference(number, ids, labels, found, auditor)
-    return problems
+    expected = {
+        tuple(row.ids[: auditor.limit]): row
+        for _, rows, _ in auditor.judge(conversations)
+        for row in rows
+    }
+    for number, given in enumerate(labelled):
+        ids, labels = tuple(given["input_ids"]), np.asarray(given["labels"])
+        row = expected.get(ids)
+        if problem := _unmatched(ids, expected) if row is None else _wrong(labels, row, auditor):
+            yield f"labels row {number}: {problem}"
 
 
-def _difference(
-    number: int, ids: list[int], labels: np.ndarray, row: TokenRow, auditor: Auditor
-) -> Iterator[str]:
-    trained = labels != template.IGNORED
+def _unmatched(ids: tuple[int, ...], expected: Iterable[tuple[int, ...]]) -> str:
+    """Why no conversation has these ids."""
+    whole = next((len(other) for other in expected if other[: len(ids)] == ids), None)
+    if whole:
+        return f"cut at {len(ids):,} of {whole:,} tokens; if that is meant, give --max-length"
+    return "its ids are those of no conversation: other text, template, tokenizer or cut"
+
+
+def _wrong(labels: np.ndarray, row: TokenRow, auditor: Auditor) -> str | None:
+    ids, mask = np.asarray(row.ids[: auditor.limit]), row.mask[: auditor.limit]
     if len(labels) != len(ids):
-        yield f"labels row {number}: {len(labels)} labels for {len(ids)} ids"
-        return
-    wrong = np.flatnonzero(trained != row.mask[: len(ids)])
-    shifted = np.flatnonzero(trained & (labels != np.asarray(ids)))
-    for kind, places in (("label is another token at", shifted), ("mask differs at", wrong)):
-        if places.size:
-            first = int(places[0])
-            token = auditor.decode(ids[first])
-            should = "must be trained" if row.mask[first] else "must not be trained"
-            yield (
-                f"labels row {number}: {kind} {places.size:,} tokens, first at token {first} "
-                f"({token!r}), which {should}"
-            )
-            return
+        return f"{len(labels)} labels for {len(ids)} ids"
+    trained = labels != template.IGNORED
+    wrong = np.flatnonzero((trained != mask) | (trained & (labels != ids)))
+    if not wrong.size:
+        return None
+    first = int(wrong[0])
+    should = "must be" if mask[first] else "must not be"
+    return (
+        f"{wrong.size:,} labels are wrong, the first at token {first} "
+        f"({auditor.decode(int(ids[first]))!r}), which {should} learned"
+    )

@@ -61,7 +61,8 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, **variables: Any
     ):
-        self.tokenizer, self.variables = tokenizer, variables
+        self.tokenizer = tokenizer
+        self.variables = tokenizer.special_tokens_map | variables
         self.text = text or tokenizer.chat_template
         if not isinstance(self.text, str):
             raise ValueError("The tokenizer has no chat template; name one: model.chat_template.")
@@ -76,13 +77,12 @@ class ChatTemplate:
         self, chats: Sequence[Chat], prompt: bool = False, tools: list[dict] | None = None
     ) -> list[str]:
         """The text of each chat, with the generation prompt if `prompt`."""
-        variables = self.tokenizer.special_tokens_map | self.variables
         texts, _ = render_jinja_template(
             list(chats),
             tools=tools,
             chat_template=self.text,
             add_generation_prompt=prompt,
-            **variables,
+            **self.variables,
         )
         return texts
 
@@ -112,11 +112,13 @@ class ChatTemplate:
     def _probe_header(self) -> str:
         """The text between the last message and the response, which the generation prompt adds."""
         plain, asked = self._probe(USER), self._probe(USER, prompt=True)
-        added = asked.removeprefix(plain) if asked.startswith(plain) else ""
-        header = added or asked.split(USER)[-1]
-        if not header.strip():
-            raise ValueError("The chat template has no generation prompt.")
-        return header
+        if asked != plain and asked.startswith(plain):
+            return asked[len(plain) :]
+        before = self._probe(USER, RESPONSE).split(RESPONSE)[0]
+        lead = before[len(asked) :] if before.startswith(asked) else ""
+        if self.special.search(lead):
+            raise ValueError(f"The chat template has no generation prompt to add {lead!r}.")
+        return asked.split(USER)[-1]
 
     def turns(self, chat: Chat, tools: list[dict] | None = None) -> list[Turn]:
         """The assistant's turns of `chat`. Raises ValueError if the template refuses the chat."""

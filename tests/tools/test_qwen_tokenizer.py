@@ -1,4 +1,4 @@
-"""Qwen2.5's real tokenizer, which `make test-all` fetches; see also tests/core/test_template.py."""
+"""Qwen2.5's real tokenizer, which `make test-all` fetches; see also tests/loss_mask."""
 
 import pytest
 from transformers import AutoTokenizer

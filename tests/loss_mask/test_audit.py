@@ -1,4 +1,4 @@
-"""The patch, the reference mask and the audit: what the loss sees, proved and with faults planted."""
+"""The patch, the reference masks and the audit: what the loss sees, with faults planted."""
 
 import copy
 import json

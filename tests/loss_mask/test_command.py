@@ -1,0 +1,207 @@
+"""`python -m atlas_lib.audit --tokenizer X --data FILE`: what it finds, and what it refuses."""
+
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import templates
+from chat_cases import CALL, CHAT
+
+from atlas_lib import template
+from atlas_lib.loss_mask import command
+from atlas_lib.loss_mask.token_rows import labelled
+from atlas_lib.loss_mask.turns import ChatTemplate
+
+OTHER = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Two of us."}]
+CHATS = [CHAT, OTHER]
+
+
+@pytest.fixture
+def prove(tokenizer, tmp_path, monkeypatch, capfd):
+    """Run the command on a template and conversations; (exit status, its output)."""
+
+    def run(text, rows=CHATS, *arguments, column="messages"):
+        tokenizer.chat_template = text
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        lines = [json.dumps(row if isinstance(row, dict) else {column: row}) for row in rows]
+        (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        places = ["--tokenizer", tmp_path / "tokenizer", "--data", tmp_path / "chats.jsonl"]
+        monkeypatch.setattr(sys, "argv", ["audit", *map(str, [*places, *arguments])])
+        with pytest.raises(SystemExit) as stopped:
+            command.main()
+        captured = capfd.readouterr()
+        return stopped.value.code, captured.out + captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (templates.CHATML, ["exact: 3 responses", "training rows: 2", "judged 2 of 2 rows"]),
+        (templates.BRACKETS, ["exact: 3 responses", "generation stops at <|im_end|>"]),
+        (templates.THINK, ["history: 1 responses, row 0", "training rows: 3, 2 of them with one"]),
+    ],
+)
+def test_an_exact_template_ends_with_0(prove, text, found):
+    status, output = prove(text)
+    assert status == 0, output
+    assert output.endswith("EXACT\n")
+    assert "NOT EXACT" not in output
+    for sentence in found:
+        assert sentence in output
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "found"),
+    [
+        (templates.OPENS, CHATS, "FINDING row 0: message 2: the answered conversation does not"),
+        (templates.NO_STOP, CHATS, "Append the stop token to the last response"),
+        (templates.NO_SYSTEM, CHATS, "row 0: the template leaves out content of message 0"),
+        (
+            templates.CHATML,
+            [[OTHER[0], {**OTHER[1], "tool_calls": [CALL]}]],
+            "row 0: the template leaves out tool_calls of message 1",
+        ),
+        (
+            templates.CHATML,
+            [[OTHER[0], {**OTHER[1], "reasoning_content": "Hm."}]],
+            "row 0: the template leaves out reasoning_content of message 1",
+        ),
+        (
+            templates.CHATML,
+            [CHAT, [{"role": "user", "content": "<|im_end|>\n<|im_start|>assistant\nx"}, OTHER[1]]],
+            "row 1: a message contains the special token <|im_end|>",
+        ),
+    ],
+)
+def test_findings_end_with_1_and_are_named(prove, text, rows, found):
+    status, output = prove(text, rows)
+    assert status == 1, output
+    assert found in output
+    assert output.endswith("NOT EXACT\n")
+
+
+def test_a_variable_that_mends_the_prompt_is_named(prove):
+    opens = templates.OPENS.replace("<think>\n", "{{ '' if thinking is false else '<think>' }}")
+    status, output = prove(opens)
+    assert status == 1
+    assert "--set thinking=false makes the prompt the beginning of the row" in output
+    assert prove(opens, CHATS, "--set", "thinking=false")[0] == 0
+
+
+def test_a_stop_at_which_generation_does_not_stop_is_named(prove, tokenizer):
+    tokenizer.eos_token = "<|endoftext|>"
+    assert "Generation does not stop at '<|im_end|>'" in prove(templates.CHATML)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "column", "problem"),
+    [
+        ("{{ messages[0] }", CHATS, "messages", "does not render a plain chat"),
+        (None, CHATS, "messages", "has no chat template"),
+        ("{# nothing #}", CHATS, "messages", "does not render the content of responses"),
+        (templates.ALTERNATES, [OTHER, CHAT], "messages", "Conversation 1: the chat template "),
+        (templates.ALTERNATES, [OTHER, CHAT], "messages", "message 0 (system): Roles must alter"),
+        (templates.CHATML, CHATS, "conversations", "no column `messages`, only conversations"),
+        (
+            templates.CHATML,
+            [OTHER, [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]],
+            "messages",
+            "row 1 (from 0): message 0 has content that is not text (a list of parts)",
+        ),
+    ],
+)
+def test_unusable_input_ends_with_2_and_writes_nothing(
+    prove, tmp_path, text, rows, column, problem
+):
+    written = [tmp_path / "report.json", tmp_path / "page.html"]
+    status, output = prove(text, rows, "--json", written[0], "--html", written[1], column=column)
+    assert status == 2, output
+    assert problem in output
+    assert output.splitlines()[-1].startswith("error: ")
+    assert not any(path.exists() for path in written)
+
+
+def shifted(row, by):
+    kept = [template.IGNORED, *row["labels"][:-1]] if by > 0 else [*row["labels"][1:], -100]
+    return row | {"labels": kept}
+
+
+def first_learned(row):
+    return next(at for at, label in enumerate(row["labels"]) if label != template.IGNORED)
+
+
+def with_label(row, at, value):
+    return row | {"labels": [*row["labels"][:at], value, *row["labels"][at + 1 :]]}
+
+
+LABEL_FAULTS = {
+    "shifted right": lambda rows: [shifted(rows[0], 1), rows[1]],
+    "shifted left": lambda rows: [shifted(rows[0], -1), rows[1]],
+    "stop not learned": lambda rows: [with_label(rows[0], -3, -100), rows[1]],
+    "header learned": lambda rows: [
+        with_label(rows[0], (at := first_learned(rows[0]) - 2), rows[0]["input_ids"][at]), rows[1]
+    ],
+    "newline before learned": lambda rows: [
+        with_label(rows[0], (at := first_learned(rows[0]) - 1), rows[0]["input_ids"][at]), rows[1]
+    ],
+    "user turn learned": lambda rows: [rows[0] | {"labels": rows[0]["input_ids"]}, rows[1]],
+    "last turn only": lambda rows: [
+        rows[0] | {"labels": [-100] * (n := len(rows[0]["labels"]) - 6) + rows[0]["labels"][n:]},
+        rows[1],
+    ],
+    "another id": lambda rows: [with_label(rows[0], first_learned(rows[0]), 5), rows[1]],
+    "another tokenizer": lambda rows: [
+        rows[0] | {"input_ids": [7, *rows[0]["input_ids"][1:]]}, rows[1]
+    ],
+    "cut inside the stop": lambda rows: [{key: ids[:-2] for key, ids in rows[0].items()}, rows[1]],
+    "another row's labels": lambda rows: [rows[0] | {"labels": rows[1]["labels"]}, rows[1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", LABEL_FAULTS)
+def test_faults_in_labels_made_elsewhere_are_named(prove, tokenizer, tmp_path, fault):
+    tokenizer.chat_template = templates.CHATML
+    right = labelled(tokenizer, ChatTemplate(tokenizer), CHATS)
+    file = tmp_path / "labels.parquet"
+    pq.write_table(pa.Table.from_pylist(right[::-1]), file)
+    assert prove(templates.CHATML, CHATS, "--labels", file)[0] == 0
+    pq.write_table(pa.Table.from_pylist(LABEL_FAULTS[fault](right)), file)
+    status, output = prove(templates.CHATML, CHATS, "--labels", file)
+    assert status == 1
+    assert "FINDING labels row 0: " in output
+    assert "labels row 1" not in output
+
+
+def test_a_whole_conversation_is_not_exact_where_history_is_rewritten(prove, tokenizer, tmp_path):
+    tokenizer.chat_template = templates.THINK
+    last = labelled(tokenizer, ChatTemplate(tokenizer), [CHAT])[-1]
+    ids = last["input_ids"]
+    only = next(at for at in range(len(ids)) if tokenizer.decode(ids[at:]).startswith("Only"))
+    file = tmp_path / "labels.jsonl"
+    file.write_text(json.dumps(with_label(last, only, ids[only])) + "\n", "utf-8")
+    status, output = prove(templates.THINK, [CHAT], "--labels", file)
+    assert status == 1
+    assert f"the first at token {only}" in output
+    assert "must not be learned" in output
+
+
+def test_report_and_page_show_every_row(prove, tmp_path):
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    script = [{"role": "user", "content": "</script><b>"}, OTHER[1]]
+    status, _ = prove(templates.THINK, [CHAT, script], "--json", report, "--html", page)
+    assert status == 0
+    assert json.loads(report.read_text("utf-8"))["status"] == {"history": 1, "exact": 2}
+    html = page.read_text("utf-8")
+    assert "http" not in html
+    data = html.split('id="data">')[1].split("</script>")[0]
+    first, second = json.loads(data)
+    assert [row["idx"] for row in (first, second)] == [0, 1]
+    assert len(first["rows"]) == 2
+    shown = second["rows"][0]
+    assert "".join(shown["tokens"]).startswith("<|im_start|>user\n</script><b><|im_end|>")
+    assert set(shown["masks"]) >= {"learned", "prefixes", "sentinels"}
+    assert {len(mask) for mask in shown["masks"].values()} == {len(shown["tokens"])}
