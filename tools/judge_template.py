@@ -36,6 +36,7 @@ MARKER = re.compile(
     r"<(?!/?(?:think|tool))[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|\[\|[a-z]+\|\]|\[e~\[|\]~b\]"
 )
 PER_TURN = "one row per turn"
+OWN_MARKERS = "its own markers"
 GOOD = ("exact", PER_TURN)  # statuses of templates that can be trained, best first
 SWITCHES = {  # variables that may make a template exact
     "enable_thinking": (False, True),
@@ -104,7 +105,9 @@ def survey_template(text: str) -> dict[str, Any]:
     try:
         judge = Judge(ChatTemplate(StandIn(text)))
     except ValueError as error:
-        return {"status": "refused", "reason": str(error).splitlines()[0][:200]}
+        markers = trl_markers(text)
+        trl = {"template": markers[0]} if markers else None
+        return {"status": "refused", "reason": str(error).splitlines()[0][:200], "trl": trl}
     shapes = judge.shapes()
     verdicts = {kind: list(judge.verdicts(kind, CHATS[kind], shapes[kind])) for kind in shapes}
     summaries = {kind: summary_of(each) for kind, each in verdicts.items()}
@@ -132,12 +135,19 @@ def best_switch(text: str, status: str) -> dict[str, str] | None:
     pairs = ((name, value) for name, values in SWITCHES.items() for value in values)
     for name, value in pairs:
         if re.search(rf"\b{name}\b", text):
-            judge = Judge(ChatTemplate(StandIn(text), **{name: value}))
-            verdicts = judge.verdicts("plain", CHATS["plain"], judge.shapes()["plain"])
-            better = status_of(Counter(verdict.status for verdict in verdicts))
+            better = status_with(text, {name: value})
             if better in GOOD and better != status:
                 return {"variable": f"{name}={str(value).lower()}", "status": better}
     return None
+
+
+def status_with(text: str, variables: dict[str, bool]) -> str:
+    try:
+        judge = Judge(ChatTemplate(StandIn(text), **variables))
+    except ValueError:
+        return "refused"
+    verdicts = judge.verdicts("plain", CHATS["plain"], judge.shapes()["plain"])
+    return status_of(Counter(verdict.status for verdict in verdicts))
 
 
 class Judge:
@@ -200,37 +210,38 @@ class Judge:
         """What TRL trains beyond the responses of whole conversations; None if it refuses."""
         if not (markers := trl_markers(self.template.text)):
             return None
-        counts = {"beyond": Counter(), "missing": Counter(), "other_text": 0, "responses": 0}
+        counts = Counter(rows_compared=0, rows_with_another_text=0, responses=0)
+        beyond, missing = Counter(), Counter()
         for row in rows:
-            text, spans = mark_by_trl(row, markers[1], self.template.tokenizer)
+            text, spans = mark_by_trl(row, markers[1], self.template)
             if text != row.text:
-                counts["other_text"] += 1
+                counts["rows_with_another_text"] += 1
                 continue
             trained, wanted = characters(spans), characters(row.spans.values())
-            counts["responses"] += len(row.spans)
-            counts["beyond"].update(pieces(text, trained - wanted))
-            counts["missing"].update(pieces(text, wanted - trained))
-        shown = {key: dict(counts[key].most_common(5)) for key in ("beyond", "missing")}
-        return {"template": markers[0], "rows": len(rows)} | counts | shown
+            counts.update(rows_compared=1, responses=len(row.spans))
+            beyond.update(pieces(text, trained - wanted))
+            missing.update(pieces(text, wanted - trained))
+        shown = {"beyond": dict(beyond.most_common(5)), "missing": dict(missing.most_common(5))}
+        return {"template": markers[0], **counts, **shown}
 
 
 def trl_markers(text: str) -> tuple[str, str] | None:
     """Name and text of the template with markers that TRL trains with; None if it refuses."""
     if "generation" in re.findall(r"\{%-?\s*(\w+)\s*-?%\}", text):
-        return "its own markers", text
+        return OWN_MARKERS, text
     training = template.trl_training_template(text)
     names = (name for name, each in template.trl_templates().items() if each == training)
     return (next(names), training) if training else None
 
 
-def mark_by_trl(row: Row, markers: str, tokenizer: Any) -> tuple[str, list[Span]]:
+def mark_by_trl(row: Row, markers: str, chat_template: ChatTemplate) -> tuple[str, list[Span]]:
     """The text that a template with markers renders, and the spans that it marks."""
     [text], [spans] = render_jinja_template(
         [row.chat],
         tools=row.tools,
         chat_template=markers,
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **chat_template.variables,
     )
     return text, spans
 
