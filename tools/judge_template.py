@@ -191,7 +191,9 @@ class Judge:
         tokens = self.template.tokenizer.added_tokens_decoder.values()
         markers = (*QUOTED, *(token.content for token in tokens))
         for number in range(count):
-            draw = Conversations(f"{kind} {number}", markers if number % 3 == 2 else ())
+            draw = Conversations(
+                f"{kind} conversation {number}", markers if number % 3 == 2 else ()
+            )
             yield self.conversation(draw.draw(shape), TOOLS if kind == "tools" else None)
 
     def conversation(self, chat: list[dict], tools: list[dict] | None = None) -> Verdict:

@@ -33,6 +33,10 @@ EXPLAINED = {  # why the methods contradict each other, by the repository of the
         "Prefixes are right: the template repeats the name of a call in the result of the tool, "
         "which sentinels take for the end of the response."
     ),
+    "meetkai-functionary-medium-v3.1": (
+        "Sentinels are right about where the response does not end: tool calls end with another "
+        "token than other responses, and prefixes take a stop token that a call quotes for the end."
+    ),
     "nc-ai-consortium/VAETKI-20B-A2B": (
         "Prefixes are right: with tools the generation prompt closes the thinking block, and "
         "sentinels look for the generation prompt of a conversation without tools."

@@ -66,8 +66,9 @@ def test_the_loss_is_cross_entropy_at_those_labels(kind, tmp_path, tiny_config):
         output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none", max_length=96
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_model.build("base", tiny_config))
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows),
-                         processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     expected = [
         template.labels_sha256(row["input_ids"][:96], row["labels"][:96])
         for row in rows
