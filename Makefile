@@ -5,7 +5,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(BIN)/python -m tools.run
 .DEFAULT_GOAL := run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
-  sweep publish site bench clean damaged
+  sweep publish survey site bench clean damaged
 # Prerequisite of a new installation if Python is gone or a package is missing.
 DAMAGED := $(shell $(BIN)/python -c \
   'import sys; from atlas_lib import bootstrap; sys.exit(bool(bootstrap.missing()))' \
@@ -53,6 +53,9 @@ sweep: setup            ## start or continue a parameter sweep: SWEEP=lr_rank, a
 
 publish: .venv/dev.stamp  ## check a finished run and copy it into results/: RUN=folder
 	@$(BIN)/python -m tools.publish $(or $(RUN),runs/sft_qwen05b-offline) $(ARGS)
+
+survey: .venv/dev.stamp  ## judge the loss mask of 786 chat templates; JSON into results/
+	@$(BIN)/python -m tools.template_survey --json results/template_survey.json $(ARGS)
 
 site: .venv/dev.stamp   ## build the website in build/site from results/
 	@$(BIN)/python -m tools.website

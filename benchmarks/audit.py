@@ -23,7 +23,7 @@ from atlas_lib.config import load_config
 from atlas_lib.loss_mask import audit
 from atlas_lib.loss_mask.turns import ChatTemplate
 from atlas_lib.standin import corpus
-from tools import qwen_tokenizer
+from tools import npm_tokenizers
 
 
 def conversations(rows: int, seed: int = 0) -> Iterator[list[dict]]:
@@ -45,7 +45,7 @@ def loaded() -> tuple:
     """(patched tokenizer, original template, config)."""
     from transformers import AutoTokenizer
 
-    folder = qwen_tokenizer.tokenizer_folder()
+    folder = npm_tokenizers.tokenizer_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)

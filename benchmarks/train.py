@@ -27,7 +27,7 @@ from atlas_lib import artifacts, compat, devices, models, session, template
 from atlas_lib.config import load_config
 from atlas_lib.train import memory
 from benchmarks import audit
-from tools import qwen_tokenizer
+from tools import npm_tokenizers
 
 MIB, ROWS_A_STEP, CUT = 2**20, 16, 4
 BATCH, ACCUMULATION = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
@@ -92,7 +92,7 @@ def resolved(row: Row, base: str, compare_losses: bool) -> Any:
     is off (it changes the order of rows), and so is warm-up (its first step changes nothing).
     """
     local = {"model.base": base, "model.base_revision": None, "run.require_gpu": False}
-    tokenizer = str(qwen_tokenizer.tokenizer_folder())
+    tokenizer = str(npm_tokenizers.tokenizer_folder())
     local |= {"model.tokenizer": tokenizer, "model.tokenizer_revision": None}
     local |= {"train.report_to": "none", "train.logging_steps": 1} | row.changes
     if compare_losses:

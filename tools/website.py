@@ -4,6 +4,8 @@ python -m tools.website
 """
 
 import base64
+import html
+import json
 import shutil
 import sys
 import tomllib
@@ -16,6 +18,29 @@ import nbformat
 from atlas_lib import artifacts, bootstrap
 
 PUBLISHED = bootstrap.ROOT / "results"
+WELL_KNOWN = (  # families, and a repository that has their template
+    ("Qwen2.5", "Qwen-Qwen2.5-7B-Instruct"),
+    ("Qwen3", "Qwen/Qwen3-0.6B"),
+    ("Qwen3-Instruct-2507", "Qwen/Qwen3-4B-Instruct-2507"),
+    ("Qwen3.5", "Qwen3.5-4B"),
+    ("Llama 3", "NousResearch/Meta-Llama-3-8B-Instruct"),
+    ("Llama 3.1", "meta-llama-Llama-3.1-8B-Instruct"),
+    ("Llama 3.2", "meta-llama-Llama-3.2-3B-Instruct"),
+    ("Gemma 3", "nvidia/Nemotron-Content-Safety-Reasoning-4B"),
+    ("Gemma 4", "google/gemma-4-E4B-it"),
+    ("Mistral 7B v0.3", "mistralai/Mistral-7B-Instruct-v0.3"),
+    ("Mistral Small 3.1", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
+    ("Phi-3", "microsoft/Phi-3-mini-4k-instruct"),
+    ("Phi-4", "microsoft/phi-4"),
+    ("SmolLM2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ("SmolLM3", "HuggingFaceTB/SmolLM3-3B"),
+    ("DeepSeek-V3.1", "deepseek-ai-DeepSeek-V3.1"),
+    ("DeepSeek-R1 distilled", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
+    ("gpt-oss", "openai-gpt-oss-120b"),
+    ("GLM-4.5", "zai-org/GLM-4.5-Air"),
+    ("OLMo 3", "allenai/Olmo-3-7B-Instruct"),
+    ("Granite 4", "ibm-granite-granite-4.0"),
+)
 SET_UP = {"parameters", "injected-parameters", "bootstrap", "setup"}  # tags of folded cells
 
 
@@ -47,6 +72,7 @@ def assemble(source: Path) -> None:
     values = template_values()
     values["forest"] = extract_forest(source / "static" / "forest.png")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["visible"] = visible
     for path in source.glob("*.jinja"):
         template = environment.from_string(path.read_text("utf-8"))
         path.with_suffix("").write_text(template.render(values), "utf-8")
@@ -65,9 +91,16 @@ def template_values() -> dict[str, Any]:
         "metrics": [row for row in rows if all(row.get(k) == run[k] for k in ("commit", "digest"))],
         "audit": audit,
         "primary": next(row for row in run["comparisons"] if row["role"] == "primary"),
+        "survey": artifacts.read_json(PUBLISHED / "template_survey.json"),
+        "families": WELL_KNOWN,
         "repository": project["urls"]["Repository"],
         "notebooks": sorted(path.stem for path in (PUBLISHED / "notebooks").glob("*.ipynb")),
     }
+
+
+def visible(text: str) -> str:
+    """Text for HTML, on one line, with escapes for line breaks."""
+    return html.escape(json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"'))
 
 
 def annotate(notebook: nbformat.NotebookNode) -> None:
