@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import artifacts, data, models, stages, template
-from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, Text
+from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
@@ -217,7 +217,7 @@ def with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
     return conversation, None
 
 
-def _learned(dropped: list[Text], row: Row) -> Text | None:
+def _learned(dropped: list[Leaf], row: Row) -> Leaf | None:
     """The first dropped text that the row is to teach or to show; not earlier reasoning."""
     return next((t for t in dropped if t.message in row.spans or t.key in SHOWN), None)
 
@@ -295,10 +295,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def count_training_rows(folder: Path) -> int:
     """The number of rows that the trainer keeps: those with something to learn."""
-    return sum(len(row["labels_sha256"]) for row in _accepted(folder))
+    return sum(len(row["labels_sha256"]) for row in _rows_to_train(folder))
 
 
-def _accepted(folder: Path) -> Iterator[dict]:
+def _rows_to_train(folder: Path) -> Iterator[dict]:
     rows = artifacts.read_jsonl(folder / AUDIT_ROWS)
     return (row for row in rows if row["verdict"] == "ok")
 
@@ -313,7 +313,9 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
 
     Raises ValueError if ids or labels of a row differ.
     """
-    rows = [(row["idx"], labels) for row in _accepted(folder) for labels in row["labels_sha256"]]
+    rows = [
+        (row["idx"], labels) for row in _rows_to_train(folder) for labels in row["labels_sha256"]
+    ]
     found = [template.labels_sha256(row["input_ids"], row["labels"]) for row in train_dataset]
     pairs = zip(rows, found, strict=False)
     differing = [idx for (idx, labels), other in pairs if labels != other]

@@ -13,7 +13,7 @@ from atlas_lib.loss_mask.audit import Auditor, with_tools
 from atlas_lib.loss_mask.token_rows import TokenRow
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
 
-VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")  # switches of known templates
+SWITCHES = ("enable_thinking", "thinking", "preserve_thinking")  # switches of known templates
 SHOWN_FINDINGS = 5
 
 
@@ -119,7 +119,7 @@ def _advice(report: Report) -> Iterator[str]:
 def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
     """Which variables of the template would make the responses of `conversation` exact."""
     chat, tools = with_tools(conversation)
-    for name, value in product(VARIABLES, (False, True)):
+    for name, value in product(SWITCHES, (False, True)):
         variables = chat_template.variables | {name: value}
         other = ChatTemplate(chat_template.tokenizer, chat_template.text, **variables)
         if not any(turn.status == "prompt" for turn in other.turns(chat, tools)):

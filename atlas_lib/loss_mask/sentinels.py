@@ -17,7 +17,7 @@ SENTINEL = re.compile("\ue000(\\d+)\ue001")
 TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 
 
-class Text(NamedTuple):
+class Leaf(NamedTuple):
     """One text of a conversation: the index of its message, the key that holds it, itself."""
 
     message: int
@@ -29,7 +29,7 @@ class Opinion(NamedTuple):
     """{message: span of its response}, and the texts that the template leaves out."""
 
     spans: dict[int, Span]
-    dropped: list[Text]
+    dropped: list[Leaf]
 
 
 class Sentinels:
@@ -64,7 +64,7 @@ class Sentinels:
                 self._skeletons[shape] = None
         return self._skeletons[shape]
 
-    def _span(self, message: int, places: list[tuple[Text, int, int]], text: str) -> Span | None:
+    def _span(self, message: int, places: list[tuple[Leaf, int, int]], text: str) -> Span | None:
         own = [(start, end) for place, start, end in places if place.message == message]
         if not own:
             return None
@@ -75,13 +75,13 @@ class Sentinels:
         return None if min(header, end) < 0 else (header + len(self.template.header), end)
 
 
-def mark(chat: Chat) -> tuple[Chat, list[Text]]:
+def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:
     """`chat` with a sentinel for each text, and the texts in the order of their numbers."""
-    texts: list[Text] = []
+    texts: list[Leaf] = []
 
     def replace(value: Any, message: int, key: str) -> Any:
         if isinstance(value, str):
-            texts.append(Text(message, key, value))
+            texts.append(Leaf(message, key, value))
             return f"\ue000{len(texts) - 1}\ue001"
         if isinstance(value, dict):
             return {name: replace(item, message, key) for name, item in value.items()}

@@ -7,6 +7,7 @@ starts with P + E: then the row shows the context of inference, followed by the 
 after the last response carry no loss and are left out of F.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Chat = list[dict[str, Any]]
 Span = tuple[int, int]
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 USER, RESPONSE, NEXT = "\ue010", "\ue011", "\ue012"  # contents of the probes, in no template
+ANSWER = {"role": "assistant", "content": RESPONSE}
 STATUS = {
     "exact": "the row shows the prompt of inference and the response",
     "history": "the row shows another response than inference, because another turn follows",
@@ -86,35 +88,47 @@ class ChatTemplate:
         )
         return texts
 
-    def _probe(self, *contents: str, prompt: bool = False) -> str:
-        """The text of user, assistant, user, ... turns with these contents."""
-        roles = ("user", "assistant", "user")
-        chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    def _probe(self, *messages: dict, prompt: bool = False) -> str:
+        """The text of a user turn and `messages`. Raises ValueError."""
         try:
-            return self.render([chat], prompt)[0]
+            return self.render([[{"role": "user", "content": USER}, *messages]], prompt)[0]
         except RENDERING_ERRORS as error:
             raise ValueError(f"The chat template does not render a plain chat: {error}.") from None
 
     def _probe_stops(self) -> tuple[str, ...]:
-        """The special tokens that end a response: those that follow it, last turn or not."""
-        last, followed = self._probe(USER, RESPONSE), self._probe(USER, RESPONSE, NEXT)
-        if RESPONSE not in last or RESPONSE not in followed:
-            raise ValueError("The chat template does not render the content of responses.")
-        tails = [text.split(RESPONSE)[-1] for text in (last, followed)]
-        if shared := self.special.findall(_common_start(*tails)):
-            always_prompts = self._probe(USER, RESPONSE, prompt=True) == last
-            return (shared[0 if always_prompts else -1],)
-        found = self.special.findall(tails[0])[-1:] or self.special.findall(tails[1])[:1]
-        if not found:
+        """The special tokens that end a response, and those that end a tool call if they differ."""
+        tails = self._tails(ANSWER, {"role": "user", "content": NEXT})
+        stops = self._closing(tails) or self.special.findall(tails[1])[:1]
+        if not stops:
             raise ValueError("The chat template ends responses with no special token.")
-        return tuple(found)
+        for arguments in ({"a": RESPONSE}, f'{{"a": "{RESPONSE}"}}'):
+            function = {"name": "name", "arguments": arguments}
+            call = {"type": "function", "id": "call00000", "function": function}
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            with contextlib.suppress(ValueError):  # many templates render no calls
+                tails = self._tails(calling, {"role": "tool", "name": "name", "content": NEXT})
+                return tuple(dict.fromkeys(stops + self._closing(tails)))
+        return tuple(stops)
+
+    def _tails(self, response: dict, following: dict) -> list[str]:
+        """What follows the text of a response, as the last message and before another one."""
+        texts = [self._probe(response), self._probe(response, following)]
+        if any(RESPONSE not in text for text in texts):
+            raise ValueError("The chat template does not render the content of responses.")
+        return [text.split(RESPONSE)[-1] for text in texts]
+
+    def _closing(self, tails: list[str]) -> list[str]:
+        if shared := self.special.findall(_common_start(*tails)):
+            always_prompts = self._probe(ANSWER, prompt=True) == self._probe(ANSWER)
+            return [shared[0 if always_prompts else -1]]
+        return self.special.findall(tails[0])[-1:]
 
     def _probe_header(self) -> str:
         """The text between the last message and the response, which the generation prompt adds."""
-        plain, asked = self._probe(USER), self._probe(USER, prompt=True)
+        plain, asked = self._probe(), self._probe(prompt=True)
         if asked != plain and asked.startswith(plain):
             return asked[len(plain) :]
-        before = self._probe(USER, RESPONSE).split(RESPONSE)[0]
+        before = self._probe(ANSWER).split(RESPONSE)[0]
         lead = before[len(asked) :] if before.startswith(asked) else ""
         if self.special.search(lead):
             raise ValueError(f"The chat template has no generation prompt to add {lead!r}.")
