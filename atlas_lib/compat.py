@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,29 +93,49 @@ def keep_cpu_gradients_right(model: "torch.nn.Module") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def keep_attention_lean(dtype: str) -> None:
-    """Repeat the keys of grouped-query attention on a T4, instead of asking sdpa to share them.
+def choose_attention(device: str, dtype: str) -> None:
+    """Switch off attention kernels that are wrong or slow on some GPUs, before a model is loaded.
 
-    No fast kernel of sm_75 accepts enable_gqa, which transformers requests wherever a batch has no
-    padding; sdpa then builds the whole attention matrix in float32. Can go when transformers checks
-    the GPU's architecture (transformers#48633, open in 5.23).
+    cuDNN's gives NaN gradients for some padded lengths from sm_90 on (pytorch#196678), and plans
+    each new shape for up to half a second. Can go when PyTorch excludes those shapes.
+
+    On a T4, keys of grouped-query attention are repeated, since no fast kernel of sm_75 shares
+    them: with enable_gqa, sdpa builds the whole attention matrix in float32. Can go when
+    transformers checks the GPU's architecture (transformers#48633, open in 5.23).
     """
+    import torch
     from transformers.integrations import sdpa_attention
 
+    if device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
-def fit_loss_to_cpu(device: str) -> None:
-    """Let TRL's loss on a CPU skip unsupervised positions and use tiles that malloc can reuse.
+def fit_loss(device: str, dtype: str) -> None:
+    """Let TRL's loss skip unsupervised positions and compute with what the device has.
 
-    Off a GPU, TRL 1.16 scores every position to keep shapes constant for compilers, then discards
-    most of them; its tiles of half a GiB are mapped and cleared anew each time. The loss stays the
-    same, the time does not (benchmarks/train.py). Can go when TRL has arguments for both.
+    Without Triton, TRL 1.16 scores every position to keep shapes constant for compilers, then
+    discards most of them. On a CPU its tiles of half a GiB are mapped and cleared anew each time.
+    The loss stays the same, the time does not (benchmarks/train.py). On a GPU its Triton kernels
+    need a C compiler: they are tried on eight tokens, and replaced by TRL's own torch operations if
+    they do not compile. Can go when TRL has arguments for the first two and does the last itself.
     """
+    import torch
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
+    utils._use_triton = lambda device: True
     if device == "cpu":
-        utils._use_triton = lambda device: True
         chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_LOSS_TILE
+        return
+    try:
+        options = {"device": device, "dtype": getattr(torch, dtype), "requires_grad": True}
+        hidden, weight = (torch.ones(8, 16, **options) for _ in range(2))
+        targets = torch.arange(8, device=device)
+        scored = chunked_logprob.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8)
+        scored[0].sum().backward()
+    except Exception as error:  # of Triton, of the C compiler, of the driver
+        reason = shorten(str(error).rstrip("."), 200)
+        print(f"TRL's Triton kernels do not run ({reason}): the loss uses torch operations.")
+        chunked_logprob._use_triton = lambda device: False

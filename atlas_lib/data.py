@@ -58,6 +58,8 @@ def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
     elif path.is_file() or path.suffix.lower() in sources.FILE_TYPES:
         return artifacts.read_jsonl(path)  # an error of `datasets` would not name the line
     try:
+        if not path.is_dir() and (files := _split_files(place, revision, split)):
+            return datasets.Dataset.from_parquet(files)
         return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)
     except Exception as error:  # each of its loaders has exceptions of its own
         reason = textwrap.shorten(str(error.__cause__ or error), 200)
@@ -65,6 +67,20 @@ def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
             f"{place}: datasets cannot load the split {split!r} ({reason}); training data is read "
             "from the split data.split, prompts from 'train'."
         ) from None
+
+
+def _split_files(place: str, revision: str | None, split: str) -> list[str]:
+    """A hub dataset's Parquet files of one split, in order: `datasets` would prepare all splits."""
+    from huggingface_hub import errors, snapshot_download
+
+    pattern = f"data/{split}-*.parquet"
+    try:
+        folder = snapshot_download(
+            place, revision=revision, repo_type="dataset", allow_patterns=[pattern]
+        )
+    except errors.LocalEntryNotFoundError:  # without a hub, `datasets` may have it in its own cache
+        return []
+    return sorted(map(str, Path(folder).glob(pattern)))
 
 
 def known_rows(config: Config) -> list[dict]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atlas_lib.schema import Config
 
+VISIBLE, NARROWED = "CUDA_VISIBLE_DEVICES", "ATLAS_GPU"  # the second: what Atlas set the first to
 HEADROOM = 0.75  # share of the free memory to use: the rest is for gradients and fragmentation
 
 
@@ -45,29 +46,44 @@ def hardware() -> str:
 
 def gpu_available(config: Config) -> bool:
     """Whether CUDA can be used. Raises RuntimeError if it cannot and run.require_gpu is set."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two: one process, one GPU
+    if VISIBLE not in os.environ:  # Kaggle's "T4" is two: one process, one GPU
+        os.environ |= {VISIBLE: "0", NARROWED: "0"}
     import torch
 
     found = torch.cuda.is_available()
     if config.run.require_gpu and not found:
+        cause = "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it "
+        cause += "on a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type)"
+        if gpus():
+            cause = f"PyTorch cannot use the GPU ({_failure()}): update its driver"
         raise RuntimeError(
-            "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it on "
-            "a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type), use "
-            "OVERLAY=offline (`make run`), or set run.require_gpu=false."
+            f"{cause}, use OVERLAY=offline (`make run`), or set run.require_gpu=false."
         )
     return found
 
 
-def gpu_count() -> int:
-    """GPUs that the user has not hidden; this process itself uses one of them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    if chosen != "0":  # chosen by the user; an empty value and -1 hide them all
-        return int(chosen not in ("", "-1"))
+def _failure() -> str:
+    """The first sentence of PyTorch's reason for not using CUDA, such as a driver too old."""
+    import torch
+
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split(". ")[0]
+    return "no reason given"
+
+
+def gpus() -> list[str]:
+    """The GPUs that the user has not hidden, as in CUDA_VISIBLE_DEVICES; a process uses one."""
+    try:
+        smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return 0
-    return len(listed.stdout.splitlines())
+        return []
+    listed = [line for line in smi.stdout.splitlines() if line.startswith("GPU ")]  # not MIG parts
+    indices, chosen = [str(number) for number in range(len(listed))], os.environ.get(VISIBLE)
+    if chosen in (None, os.environ.get(NARROWED)):
+        return indices
+    return [gpu for gpu in chosen.split(",") if gpu in indices or gpu.startswith(("GPU-", "MIG-"))]
 
 
 def choose_device(config: Config) -> Device:

@@ -84,6 +84,7 @@ def load_weights(role: str, config: Config, device: Device, in_4bit: bool) -> "P
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    compat.choose_attention(device.name, device.dtype)
     dtype, quantization = getattr(torch, device.dtype), None
     if in_4bit:
         options = config.quantization.model_dump()
@@ -108,5 +109,4 @@ def load_weights(role: str, config: Config, device: Device, in_4bit: bool) -> "P
         if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
             raise ValueError(f"its weights lack what config.json describes, such as {wrong[0]}")
     compat.keep_cpu_gradients_right(weights)
-    compat.keep_attention_lean(device.dtype)
     return weights

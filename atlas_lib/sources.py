@@ -3,6 +3,7 @@
 `embedded:` names stand for the tiny model and its data, which `fetch` builds on first use.
 """
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -93,12 +94,20 @@ def taught_types(config: Config) -> set[str]:
 
 @functools.cache  # a repository that was there once is cached: a later outage must not lose a run
 def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
-    """Ask the hub for `repo` before anything long starts. Raises ConnectionError or ValueError."""
-    from huggingface_hub import HfApi, constants, errors
+    """Ask the hub for `repo` before anything long starts, unless that revision is on disk already.
+
+    Raises ConnectionError or ValueError.
+    """
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     if constants.HF_HUB_OFFLINE:  # everything is said to be cached; the loader reports what is not
         return
     try:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            if revision and snapshot_download(
+                repo, revision=revision, repo_type=kind, local_files_only=True
+            ):
+                return
         HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=5)
     except errors.HFValidationError:
         raise ValueError(f"{repo} is neither a hub id nor an existing file or folder.") from None

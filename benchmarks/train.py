@@ -205,7 +205,7 @@ def choose_loss(row: Row, device: Any) -> None:
     from trl.trainer import utils
 
     if row.supervised_only:
-        compat.fit_loss_to_cpu(device.name)
+        compat.fit_loss(device.name, device.dtype)
     elif row.small_tiles and device.name == "cpu":
         chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = compat.CPU_LOSS_TILE
 

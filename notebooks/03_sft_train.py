@@ -146,9 +146,12 @@ for targets in (attention, attention | mlp):
 # %% [markdown]
 # The published recipe trains the attention projections; training all seven is a variant of this
 # project. At half a billion parameters the weights would fit in 16 bits as well, but larger models
-# need the 4-bit path.
+# need the 4-bit path. Before the weights are downloaded, TRL's loss is adapted to the device: it
+# skips the positions that carry no loss, and where its GPU kernels do not compile, it uses torch
+# operations. This changes its speed and not its value.
 
 # %%
+compat.fit_loss(device.name, device.dtype)
 in_4bit = config.quantization.load_in_4bit
 base = models.load_weights("base", config, device, in_4bit)
 decoding.check_attention(base.config)  # before the training, not after it
@@ -196,8 +199,8 @@ for_this_run = {
 # %% [markdown]
 # ## The trainer
 #
-# Three callbacks watch the training: one prints progress, one stops at a loss that is not finite,
-# and one writes the checkpoints.
+# Three callbacks watch the training: one prints progress, one stops at a loss that is not finite
+# and counts the steps that the scaler of float16 skips, and one writes the checkpoints.
 
 # %%
 from datasets import Dataset
@@ -212,6 +215,7 @@ else:
     validation_rows = token_rows.labelled(tokenizer, chat_template, validation)
 arguments = {"use_cpu": device.name == "cpu", "disable_tqdm": True}
 arguments |= precision | recipe | for_this_run
+guard = callbacks.LossGuard()
 trainer = SFTTrainer(
     model=base,
     args=SFTConfig(**compat.trainer_arguments(arguments)),
@@ -219,20 +223,18 @@ trainer = SFTTrainer(
     eval_dataset=Dataset.from_list(validation_rows),
     processing_class=tokenizer,
     peft_config=lora,
-    callbacks=[callbacks.ProgressLines(), callbacks.LossGuard(), checkpoints],
+    callbacks=[callbacks.ProgressLines(), guard, checkpoints],
 )
 
 # %% [markdown]
 # TRL casts the adapter of a 4-bit model to bfloat16. The next cell casts it back to float32: the
 # gradient scaler of float16 training cannot handle bfloat16, and small updates would be rounded
-# away. On a CPU it also makes TRL's loss skip the positions that carry no loss, which changes its
-# speed and not its value.
+# away.
 
 # %%
 from transformers import PrinterCallback
 
 compat.keep_adapter_in_float32(trainer.model)
-compat.fit_loss_to_cpu(device.name)
 trainer.remove_callback(PrinterCallback)  # replaced by ProgressLines
 trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
 assert trained_types == {"torch.float32"}, trained_types
@@ -338,6 +340,7 @@ summary = {
     "label": config.label,
     **measured,
     "precision": device.dtype,
+    "skipped_steps": guard.skipped,
     "seconds": checkpoints.seconds(),
     "resumed_after_step": checkpoints.resumed_after,
     "activation_checkpointing": for_this_run["activation_checkpointing"],

@@ -156,8 +156,8 @@ adapter = config.model.adapter or trained / "adapter"
 #
 # A response is cut at the first stop token before it is decoded to text. Finished responses are
 # stored in `OUT/responses/` at once, and the next prompt takes the free slot in the batch. After an
-# interruption, re-running generates only the missing responses. On a machine with several GPUs the
-# models are distributed over them.
+# interruption, re-running generates only the missing responses. On a machine with several GPUs,
+# each takes the next model and format that no other GPU has taken.
 
 # %% tags=["generate"]
 responses = grid.generate_all(config, device, adapter, prompts, out)

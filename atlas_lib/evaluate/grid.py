@@ -1,10 +1,12 @@
 """The evaluation grid: every model in every prompt format, in this process or in one per GPU."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,18 +69,26 @@ def generate_all(
     Raises ValueError, before any model responds, for an adapter that does not fit the base.
     """
     adapter_check.check_adapter(adapter, config)
-    names, found = model_names(config), {}
-    if (gpus := devices.gpu_count()) > 1:
-        _generate_in_processes(names, config, adapter, out, gpus)
-    for name in names:
-        found |= generate_for(name, config, device, adapter, prompts, out)
+    if len(gpus := devices.gpus()) > 1:
+        _generate_in_processes(config, adapter, out, gpus)
+    found = {}
+    for name in model_names(config):
+        collect = collector(name, config, device, adapter, prompts, out)
+        found |= {
+            (name, prompt_format): collect(prompt_format) for prompt_format in config.eval.formats
+        }
     return found
 
 
-def generate_for(
-    name: str, config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
-) -> dict[tuple[str, str], list[dict]]:
-    """{(name, format): responses}; only those that are not on disk yet are generated."""
+def collector(
+    name: str,
+    config: Config,
+    device: Device,
+    adapter: str | Path,
+    prompts: list[dict],
+    out: Path,
+) -> Callable[[str], list[dict]]:
+    """A function that returns one model's responses in a format; missing ones are generated."""
     tokenizer = models.load_tokenizer(config)
     loaded = functools.cache(lambda: load_model(name, config, device, adapter))
 
@@ -87,16 +97,16 @@ def generate_for(
         limits = (config.eval.max_new_tokens, config.run.eval_slots)
         decoding.generate(loaded(), tokenizer, texts, prompt_format, *limits, on_response)
 
-    return {
-        (name, prompt_format): responses.collect_responses(
+    def collect(prompt_format: str) -> list[dict]:
+        return responses.collect_responses(
             out / STORE,
             f"{name}-{prompt_format}",
             response_origin(name, prompt_format, config, device, adapter, tokenizer),
             prompts,
             functools.partial(generate_missing, prompt_format),
         )
-        for prompt_format in config.eval.formats
-    }
+
+    return collect
 
 
 def command(config: Config, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
@@ -106,27 +116,36 @@ def command(config: Config, adapter: str | Path, out: Path, names: list[str]) ->
     return [*module, text, str(adapter), str(out), *names]
 
 
-def _generate_in_processes(
-    names: list[str], config: Config, adapter: str | Path, out: Path, gpus: int
-) -> None:
-    """Store the responses of `names` with one process per GPU, whose output is echoed."""
+def _generate_in_processes(config: Config, adapter: str | Path, out: Path, gpus: list[str]) -> None:
+    """Store all responses with one process per GPU, whose output is echoed.
 
-    def run(gpu: int) -> int:
-        process = subprocess.Popen(
-            command(config, adapter, out, names[gpu::gpus]),
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
-            cwd=bootstrap.ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for line in process.stdout:
+    Each process goes through the models and formats in order, the base first, whose responses are
+    longest, and leaves out what another one is generating. They end with this function.
+    """
+    path = filter(None, (str(bootstrap.ROOT), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    processes = {}
+
+    def echo(gpu: str) -> int:
+        for line in processes[gpu].stdout:
             print(f"GPU {gpu} | {line}", end="", flush=True)
-        return process.wait()
+        return processes[gpu].wait()
 
-    with ThreadPoolExecutor(gpus) as pool:
-        statuses = list(pool.map(run, range(min(gpus, len(names)))))
-    if failed := [gpu for gpu, status in enumerate(statuses) if status]:
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        try:
+            for gpu in gpus[: len(model_names(config)) * len(config.eval.formats)]:
+                processes[gpu] = subprocess.Popen(
+                    command(config, adapter, out, model_names(config)),
+                    env=environment | {devices.VISIBLE: gpu, devices.NARROWED: ""},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            statuses = dict(zip(processes, pool.map(echo, processes), strict=True))
+        finally:
+            for process in processes.values():
+                process.terminate()
+    if failed := [gpu for gpu, status in statuses.items() if status]:
         raise RuntimeError(f"The process on GPU {failed[0]} failed; see its last lines above.")
 
 
@@ -145,12 +164,15 @@ def evaluation_prompts(config: Config) -> list[dict]:
 
 
 def main() -> None:
-    """Store the responses of some models: one of the processes of `generate_all`."""
+    """Store the responses of some models, leaving out what another process is generating."""
     text, adapter, out, *names = sys.argv[1:]
     config = Config.model_validate_json(text)
     device, prompts = devices.choose_device(config), evaluation_prompts(config)
     for name in names:
-        generate_for(name, config, device, adapter, prompts, Path(out))
+        collect = collector(name, config, device, adapter, prompts, Path(out))
+        for prompt_format in config.eval.formats:
+            with contextlib.suppress(responses.BusyError):
+                collect(prompt_format)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from typing import Any
 import filelock
 
 
+class BusyError(ValueError):
+    """Another process is writing the same responses."""
+
+
 def collect_responses(
     folder: Path,
     name: str,
@@ -26,7 +30,7 @@ def collect_responses(
     `prompts` are {key, prompt}. `made_from` holds what determines the responses, as JSON values.
     `generate_missing(prompts, on_response)` calls `on_response(position in prompts, response)` for
     each of them. It is not called if nothing is missing, so it is the place to load a model.
-    Raises ValueError if another process writes the file.
+    Raises BusyError if another process writes the file.
     """
     made_from = made_from | {"prompts_sha256": _hash([p["prompt"] for p in prompts])}
     path = folder / f"{name}-{_hash(made_from)[:12]}.jsonl"
@@ -37,7 +41,7 @@ def collect_responses(
             with filelock.FileLock(path.with_suffix(".lock"), blocking=False):
                 _generate(path, made_from, prompts, generate_missing)
         except filelock.Timeout:
-            raise ValueError(
+            raise BusyError(
                 f"{path} is being written by another process; wait for it to end, or stop it."
             ) from None
     found = _read_responses(path)

@@ -1,6 +1,7 @@
 """Callbacks of the trainer: progress lines, a check of the loss, and checkpoints by wall clock."""
 
 import contextlib
+import functools
 import math
 import shutil
 import signal
@@ -16,7 +17,8 @@ from atlas_lib.devices import Device
 from atlas_lib.schema import Config
 
 COMPLETE = "atlas.json"  # written last into a checkpoint, which is incomplete without it
-SCALER_STEPS = 3  # in which a float16 gradient scaler may still be searching for its scale
+SKIPPED = "skipped_steps"  # in the training log
+MAX_SKIPPED = 0.05
 
 
 class ProgressLines(TrainerCallback):
@@ -36,26 +38,48 @@ class ProgressLines(TrainerCallback):
 class LossGuard(TrainerCallback):
     """Stop the training at a loss or a gradient that is not finite. Raises FloatingPointError.
 
-    A float16 scaler overflows while it searches for its scale, and occasionally afterwards. The
-    optimizer skips such a step, so only gradients that remain infinite stop the training.
+    A float16 scaler overflows while it searches for its scale, and occasionally afterwards: it
+    skips the step and lowers its scale. PyTorch's fused optimizers do not report that, so `skipped`
+    counts it here. A scale below 1 means gradients that stay infinite; more than one skipped step
+    and more than MAX_SKIPPED of all steps mean a training that is not the configured one.
     """
 
-    def __init__(self):
-        self.overflows = 0
+    skipped, scale = 0, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.skipped = max((entry.get(SKIPPED, 0) for entry in state.log_history), default=0)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.scale = optimizer.scaler.get_scale() if optimizer.scaler else None
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.scale is None:
+            return
+        before, self.scale = self.scale, optimizer.scaler.get_scale()
+        self.skipped += self.scale < before
+        if self.skipped > max(1, MAX_SKIPPED * state.max_steps):
+            _stop(args, f"{self.skipped} of {state.max_steps} steps skipped by the float16 scaler")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
             return
+        if self.scale is not None:
+            state.log_history[-1][SKIPPED] = self.skipped  # restored from a checkpoint
         loss, gradient = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        searching = args.fp16 and state.global_step <= SCALER_STEPS
-        self.overflows = 0 if math.isfinite(gradient) or searching else self.overflows + 1
-        if math.isfinite(loss) and self.overflows <= (2 if args.fp16 else 0):
-            return
-        raise FloatingPointError(
-            f"Loss {loss} and gradient norm {gradient} at step {state.global_step}: training has "
-            f"diverged. Lower train.learning_rate ({args.learning_rate:g}) or train.max_grad_norm "
-            f"({args.max_grad_norm:g}), or look for an unusual row in this step."
-        )
+        searching = self.scale is not None and self.scale >= 1
+        if not math.isfinite(loss) or not (math.isfinite(gradient) or searching):
+            _stop(args, f"Loss {loss} and gradient norm {gradient} at step {state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.scale is not None:
+            print(f"float16 scaler: {self.skipped} of {state.global_step} steps skipped")
+
+
+def _stop(args, what: str) -> None:
+    raise FloatingPointError(
+        f"{what}: training has diverged. Lower train.learning_rate ({args.learning_rate:g}) or "
+        f"train.max_grad_norm ({args.max_grad_norm:g}), or look for an unusual row in this step."
+    )
 
 
 class Checkpoints(TrainerCallback):
@@ -109,8 +133,12 @@ class Checkpoints(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = self.saved = time.monotonic()
+        # "auto", peft's default, would ask the hub at each checkpoint, without a time limit.
+        model.save_pretrained = functools.partial(
+            model.save_pretrained, save_embedding_layers=False
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.deadline is not None and time.time() > self.deadline:

@@ -40,7 +40,7 @@ def activation_bytes(base: "PreTrainedModel", config: Config, device: Device, to
     """Bytes that a forward pass over `tokens` keeps for the backward pass, without checkpointing.
 
     Measured on a row of PROBE_TOKENS with a temporary adapter and without the loss; proportional to
-    the tokens, since attention never builds its matrix (see compat.keep_attention_lean).
+    the tokens, since attention never builds its matrix (see compat.choose_attention).
     """
     import torch
     from peft import LoraConfig, get_peft_model
