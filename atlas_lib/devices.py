@@ -54,7 +54,7 @@ def gpu_available(config: Config) -> bool:
     if config.run.require_gpu and not found:
         cause = "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it "
         cause += "on a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type)"
-        if gpus():
+        if visible_gpus():
             cause = f"PyTorch cannot use the GPU ({_failure()}): update its driver"
         raise RuntimeError(
             f"{cause}, use OVERLAY=offline (`make run`), or set run.require_gpu=false."
@@ -73,7 +73,7 @@ def _failure() -> str:
     return "no reason given"
 
 
-def gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that the user has not hidden, as in CUDA_VISIBLE_DEVICES; a process uses one."""
     try:
         smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)

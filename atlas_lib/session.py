@@ -88,7 +88,7 @@ def provenance() -> dict[str, Any]:
         "platform": f"{platform_name()}, {platform.platform()}",
         "image": image(),
         "hardware": devices.hardware(),
-        "gpus": len(devices.gpus()),
+        "gpus": len(devices.visible_gpus()),
     }
 
 

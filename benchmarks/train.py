@@ -25,7 +25,7 @@ from typing import Any
 
 from atlas_lib import artifacts, compat, devices, models, session, template
 from atlas_lib.config import load_config
-from atlas_lib.train import memory
+from atlas_lib.train import memory, trl_loss
 from benchmarks import audit
 from tools import npm_tokenizers
 
@@ -205,9 +205,9 @@ def choose_loss(row: Row, device: Any) -> None:
     from trl.trainer import utils
 
     if row.supervised_only:
-        compat.fit_loss(device.name, device.dtype)
+        trl_loss.fit_loss(device.name, device.dtype)
     elif row.small_tiles and device.name == "cpu":
-        chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = compat.CPU_LOSS_TILE
+        chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE = trl_loss.CPU_TILE
 
 
 def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:

@@ -66,7 +66,7 @@ from atlas_lib import artifacts, compat, data, devices, models, notebooks, stage
 from atlas_lib.evaluate import decoding
 from atlas_lib.loss_mask import audit, token_rows
 from atlas_lib.loss_mask.turns import ChatTemplate
-from atlas_lib.train import adapters, hub, model_card, tracking
+from atlas_lib.train import adapters, hub, model_card, tracking, trl_loss
 
 config, out = notebooks.start("03_sft_train", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
@@ -151,7 +151,7 @@ for targets in (attention, attention | mlp):
 # operations. This changes its speed and not its value.
 
 # %%
-compat.fit_loss(device.name, device.dtype)
+trl_loss.fit_loss(device.name, device.dtype)
 in_4bit = config.quantization.load_in_4bit
 base = models.load_weights("base", config, device, in_4bit)
 decoding.check_attention(base.config)  # before the training, not after it

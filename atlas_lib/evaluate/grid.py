@@ -69,7 +69,7 @@ def generate_all(
     Raises ValueError, before any model responds, for an adapter that does not fit the base.
     """
     adapter_check.check_adapter(adapter, config)
-    if len(gpus := devices.gpus()) > 1:
+    if len(gpus := devices.visible_gpus()) > 1:
         _generate_in_processes(config, adapter, out, gpus)
     found = {}
     for name in model_names(config):

@@ -7,8 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers.integrations import sdpa_attention
-from trl.kernels import chunked_logprob
-from trl.trainer import utils
 
 from atlas_lib import compat, devices, models
 
@@ -57,29 +55,6 @@ def test_a_bfloat16_adapter_is_cast_back_to_float32(nf4):
     assert {p.dtype for p in nf4.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_fitting_the_loss_to_a_cpu_skips_positions_and_keeps_its_value(base, monkeypatch):
-    utils.add_fused_lm_head(base)
-    ids = torch.arange(40)[None]
-    labels = ids.clone()
-    labels[:, :30] = -100
-    scored, whole = [], utils._ChunkedLogProbFunction.apply
-    monkeypatch.setattr(
-        utils._ChunkedLogProbFunction, "apply", lambda h, *a: scored.append(len(h)) or whole(h, *a)
-    )
-    for module, name in (  # restored afterwards
-        (utils, "_use_triton"),
-        (utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"),
-        (chunked_logprob, "TOKEN_CHUNK_SIZE"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    losses = [base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item()]
-    monkeypatch.setattr(compat, "CPU_LOSS_TILE", (4, 100))  # several tiles of this small model
-    compat.fit_loss_to_cpu(CPU.name)
-    losses.append(base(input_ids=ids, labels=labels, fused_lm_head=True).loss.item())
-    assert scored == [39, 10]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 def test_on_a_t4_sdpa_is_never_called_with_enable_gqa(base, monkeypatch):
     """A batch without padding has no mask, and would get a kernel that builds the whole matrix."""
     asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
@@ -93,7 +68,7 @@ def test_on_a_t4_sdpa_is_never_called_with_enable_gqa(base, monkeypatch):
     shared = base(input_ids=ids).logits
     assert set(asked) == {True}  # the defect
     asked.clear()
-    compat.keep_attention_lean(T4.dtype)
+    compat.choose_attention(T4.name, T4.dtype)
     torch.testing.assert_close(base(input_ids=ids).logits, shared)
     assert set(asked) == {False}
 

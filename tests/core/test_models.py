@@ -1,17 +1,20 @@
 """Loading the tokenizer and the weights; the precision rules on a CPU are only dtypes."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import bitsandbytes
 import pytest
+import torch
 from checks import refusal
 from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 from atlas_lib import devices, models, sources
 from atlas_lib.config import load_config
+from atlas_lib.evaluate import grid
 
 CPU = devices.Device("cpu", "float32", "test")
 
@@ -22,6 +25,22 @@ def test_the_base_is_really_in_4_bit(tiny_config):
     assert len(layers) == 14  # seven linears in each of two layers
     assert {m.weight.quant_type for m in layers} == {"nf4"}
     assert all(m.weight.quant_state.nested for m in layers)
+
+
+@pytest.mark.parametrize("in_child", [False, True])
+def test_cudnn_attention_is_off_on_a_gpu(in_child, tiny_config):
+    """Notebook 03 and the processes of 04 load weights in different ways."""
+    gpu = devices.Device("cuda", "bfloat16", "test")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with contextlib.suppress(ValueError):  # there is no GPU to put the weights on
+        if in_child:
+            grid.load_model("base", tiny_config, gpu, "")
+        else:
+            models.load_weights("base", tiny_config, gpu, in_4bit=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    models.load_weights("base", tiny_config, CPU, in_4bit=False)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("key", ["model.eos_token", "model.pad_token"])

@@ -30,7 +30,7 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "WANDB_MODE", "WANDB_PROJECT")
 def environment(monkeypatch):
     """A local machine without secrets; whatever a test or the library sets is undone."""
     before = dict(os.environ)
-    for name in (*PLATFORM, *SECRETS, "CUDA_VISIBLE_DEVICES", "ATLAS_COMMIT"):
+    for name in (*PLATFORM, *SECRETS, devices.VISIBLE, devices.NARROWED, "ATLAS_COMMIT"):
         monkeypatch.delenv(name, raising=False)
     yield
     os.environ.clear()
@@ -189,6 +189,7 @@ def gpu(monkeypatch, capability: tuple[int, int] | None) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a planted GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # so on a T4: emulated
 
 
@@ -230,15 +231,47 @@ def test_one_gpu_is_chosen_unless_the_user_chose(chosen, config, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if chosen is None else chosen)
 
 
-@pytest.mark.parametrize(("chosen", "count"), [(None, 2), ("1", 1), ("", 0), ("-1", 0)])
-def test_a_manifest_counts_the_gpus_that_are_not_hidden(chosen, count, tmp_path, monkeypatch):
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """An nvidia-smi that lists two GPUs, the second divided into two MIG instances."""
+    lines = ("GPU 0: Tesla T4", "GPU 1: NVIDIA A100", "  MIG 1g Device 0:", "  MIG 1g Device 1:")
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4'\necho 'GPU 1: Tesla T4'\n")
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+CHOICES = [(None, ["0", "1"]), ("0", ["0"]), ("1", ["1"]), ("0,1", ["0", "1"]), ("1,0", ["1", "0"])]
+CHOICES += [("", []), ("-1", []), ("0,7", ["0"]), ("MIG-c0ffee", ["MIG-c0ffee"])]
+
+
+@pytest.mark.parametrize(("chosen", "expected"), CHOICES)
+def test_the_gpus_are_those_that_the_user_has_not_hidden(
+    chosen, expected, two_gpus, config, monkeypatch
+):
+    """Before and after Atlas narrows this process to one of them."""
+    gpu(monkeypatch, (7, 5))
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert session.provenance()["gpus"] == count
+    for _ in range(2):
+        assert devices.visible_gpus() == expected
+        assert session.provenance()["gpus"] == len(expected)
+        devices.choose_device(config)
+
+
+def test_a_driver_that_is_too_old_is_not_called_no_gpu(two_gpus, config, monkeypatch):
+    import torch
+
+    def init():
+        raise RuntimeError(f"{old} Please update your GPU driver.")
+
+    old = "The NVIDIA driver on your system is too old (found version 11040)."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    sentence = refusal(devices.choose_device, config, kind=RuntimeError)
+    assert "(The NVIDIA driver on your system is too old (found version 11040))" in sentence
+    assert "update its driver" in sentence
+    assert "No CUDA GPU" not in sentence
 
 
 # --- secrets --------------------------------------------------------------------------------------

@@ -2,9 +2,16 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import stat
+from pathlib import Path
 
+import filelock
+import psutil
 import pytest
+from checks import run_python
 from ifeval_cases import random_adapter
 from tiny import TINY
 
@@ -31,10 +38,11 @@ def generate_all(config, adapter, out):
     return grid.generate_all(config, CPU, adapter, prompts, out)
 
 
-def list_gpus(folder, monkeypatch, count):
-    """Put an nvidia-smi that lists as many GPUs first on the PATH."""
-    stub = folder / "nvidia-smi"
-    lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(count))
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """An nvidia-smi that lists two GPUs, first on the PATH."""
+    stub, folder = tmp_path / "nvidia-smi", tmp_path
+    lines = "".join(f"echo 'GPU {i}: Tesla T4 (UUID: GPU-{i})'\n" for i in range(2))
     stub.write_text(f"#!{os.path.realpath('/bin/sh')}\n{lines}", "utf-8")
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -56,18 +64,48 @@ def test_every_model_responds_to_every_prompt_in_every_format(generated):
     assert found["base", "chat"] != found["SFT", "chat"]
 
 
-def test_two_processes_give_the_same_responses(
-    config, generated, adapter, tmp_path, capsys, monkeypatch
+def test_two_processes_give_the_same_responses_each_generated_once(
+    config, generated, adapter, two_gpus, tmp_path, capsys, monkeypatch
 ):
-    list_gpus(tmp_path, monkeypatch, 2)
-    assert generate_all(config, adapter, tmp_path) == generated[0]
-    shown = capsys.readouterr().out
-    assert "GPU 0 | base-raw" in shown
-    assert "GPU 1 | SFT-raw" in shown
+    """The adapter's path is relative to this process's working folder."""
+    monkeypatch.chdir(adapter.parent)
+    assert generate_all(config, adapter.name, tmp_path) == generated[0]
+    begun = re.findall(r"GPU (\d) \| (\S+)-\w{12}.jsonl: 0 responses", capsys.readouterr().out)
+    assert sorted(row for _, row in begun) == ["SFT-chat", "SFT-raw", "base-chat", "base-raw"]
+    assert {gpu for gpu, _ in begun} == {"0", "1"}
 
 
-def test_a_process_that_fails_is_named(config, adapter, tmp_path, monkeypatch):
-    list_gpus(tmp_path, monkeypatch, 2)
+def test_a_process_takes_the_rows_that_no_other_one_has(config, generated, adapter, tmp_path):
+    """In order, the base first; the row of the other process stays as it is."""
+    store = Path(shutil.copytree(generated[1] / grid.STORE, tmp_path / grid.STORE))
+    [taken], [absent] = store.glob("base-raw-*.jsonl"), store.glob("SFT-chat-*.jsonl")
+    whole, header = absent.read_bytes(), taken.read_bytes().splitlines(keepends=True)[0]
+    taken.write_bytes(header)
+    absent.unlink()
+    command = grid.command(config, adapter, tmp_path, grid.model_names(config))
+    with filelock.FileLock(taken.with_suffix(".lock")):
+        done = run_python(*command[1:])
+    assert done.returncode == 0, done.stderr
+    assert taken.read_bytes() == header
+    assert sorted(absent.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_an_interrupt_ends_the_processes(config, adapter, two_gpus, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2)  # they still import
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate_all(config, adapter, tmp_path)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert psutil.Process().children(recursive=True) == []
+    assert not list((tmp_path / grid.STORE).glob("*.jsonl"))
+
+
+def test_a_process_that_fails_is_named(config, adapter, two_gpus, tmp_path):
     (tmp_path / grid.STORE).write_text("a file where the folder of responses belongs")
     with pytest.raises(RuntimeError, match="The process on GPU 0 failed"):
         generate_all(config, adapter, tmp_path)

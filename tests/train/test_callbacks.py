@@ -13,11 +13,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from checks import ROOT
+from peft import LoraConfig, get_peft_model
+from peft.utils import save_and_load
 from tiny import TINY
-from transformers import TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from atlas_lib import artifacts, devices
+from atlas_lib import artifacts, devices, models
 from atlas_lib.config import load_config
 from atlas_lib.train import callbacks
 
@@ -41,39 +44,95 @@ def test_progress_is_a_line_per_log_and_counts_from_the_resumed_step(capsys):
 # --- a loss that is not finite --------------------------------------------------------------------
 
 
-def guard(logs: list[tuple[int, float, float]], fp16: bool) -> None:
-    """Pass (step, loss, gradient norm) to the guard, one after another."""
-    callback = callbacks.LossGuard()
-    args = SimpleNamespace(fp16=fp16, learning_rate=2e-4, max_grad_norm=1.0)
-    callback.on_log(args, TrainerState(), None, logs={"eval_loss": NAN})  # not a training loss
-    for step, loss, gradient in logs:
-        state, entry = TrainerState(global_step=step), {"loss": loss, "grad_norm": gradient}
-        callback.on_log(args, state, None, logs=entry)
+class Scaler(torch.amp.GradScaler):
+    """Says what scale it has after each of the steps of a test."""
+
+    def __init__(self, scales: list[float]):
+        super().__init__("cpu")
+        self.scales = [65536.0, *scales]
+
+    def get_scale(self) -> float:
+        return self.scales[0]
 
 
-FINE = (5, 1.0, 1.0)
+ARGS = SimpleNamespace(learning_rate=2e-4, max_grad_norm=1.0)
+
+
+def guard(logs: list[tuple[float, float]], scales: list[float] | None, steps: int = 100):
+    """The guard after steps with (loss, gradient norm), a log each, and a scale after each."""
+    callback, scaler = callbacks.LossGuard(), Scaler(scales) if scales else None
+    optimizer = SimpleNamespace(scaler=scaler)
+    state = TrainerState(max_steps=steps)
+    callback.on_train_begin(ARGS, state, None)
+    callback.on_log(ARGS, state, None, logs={"eval_loss": NAN})  # not a training loss
+    for step, (loss, gradient) in enumerate(logs, 1):
+        callback.on_pre_optimizer_step(ARGS, state, None, optimizer=optimizer)
+        if scaler:
+            scaler.scales.pop(0)
+        callback.on_optimizer_step(ARGS, state, None, optimizer=optimizer)
+        state.global_step, entry = step, {"loss": loss, "grad_norm": gradient}
+        state.log_history.append(entry | {"step": step})
+        callback.on_log(ARGS, state, None, logs=entry)
+    callback.on_train_end(ARGS, state, None)
+    return callback, state
+
+
+FINE, OVERFLOW = (1.0, 1.0), (1.0, INF)
+HALVED = [2.0**power for power in range(15, -2, -1)]
 DIVERGED = {
-    "a loss, float32": ([(1, NAN, 1.0)], False, "Loss nan and gradient norm 1.0 at step 1:"),
-    "a loss, float16": ([FINE, (10, INF, INF)], True, "Loss inf and gradient norm inf at step 10"),
-    "a gradient, float32": ([FINE, (10, 1.0, NAN)], False, "Loss 1.0 and gradient norm nan"),
-    "gradients that stay infinite": (
-        [FINE, (10, 1.0, INF), (20, 1.0, INF), (30, 1.0, INF)],
-        True,
-        "gradient norm inf at step 30",
+    "a loss, float32": ([(NAN, 1.0)], None, "Loss nan and gradient norm 1.0 at step 1:"),
+    "a loss, float16": (
+        [FINE, (INF, INF)],
+        [65536.0, 32768.0],
+        "Loss inf and gradient norm inf at step 2",
     ),
+    "a gradient, float32": ([FINE, (1.0, NAN)], None, "Loss 1.0 and gradient norm nan at step 2"),
+    "gradients that stay infinite": ([OVERFLOW] * 17, HALVED, "gradient norm inf at step 17"),
 }
 
 
-@pytest.mark.parametrize(("logs", "fp16", "message"), DIVERGED.values(), ids=DIVERGED.keys())
-def test_a_bad_loss_stops_the_training(logs, fp16, message):
+@pytest.mark.parametrize(("logs", "scales", "message"), DIVERGED.values(), ids=DIVERGED.keys())
+def test_a_bad_loss_stops_the_training(logs, scales, message):
     with pytest.raises(FloatingPointError, match=message) as caught:
-        guard(logs, fp16)
+        guard(logs, scales, steps=1000)
     assert "train.learning_rate (0.0002)" in str(caught.value)
 
 
-def test_a_float16_scaler_may_overflow():
-    guard([(1, 1.0, NAN), (2, 1.0, INF), (3, 1.0, NAN), FINE], fp16=True)  # searching
-    guard([(n, 1.0, INF if n % 30 else 1.0) for n in range(10, 100, 10)], fp16=True)
+def test_a_scaler_may_halve_as_long_as_its_scale_is_at_least_one():
+    callback, _ = guard([OVERFLOW] * 6 + [FINE], [*HALVED[:6], HALVED[5]], steps=313)
+    assert callback.skipped == 6
+
+
+@pytest.mark.parametrize(("skipped", "steps", "refused"), [(1, 4, False), (2, 4, True)])
+def test_more_than_five_percent_of_skipped_steps_are_refused(skipped, steps, refused, capsys):
+    if refused:
+        with pytest.raises(FloatingPointError, match="2 of 4 steps skipped by the float16 scaler"):
+            guard([OVERFLOW] * skipped, HALVED, steps)
+        return
+    callback, state = guard([OVERFLOW] * skipped + [FINE], [HALVED[0], HALVED[0]], steps)
+    assert "float16 scaler: 1 of 2 steps skipped" in capsys.readouterr().out
+    resumed = callbacks.LossGuard()
+    resumed.on_train_begin(ARGS, state, None)  # the log is part of a checkpoint
+    assert resumed.skipped == callback.skipped == 1
+
+
+def test_checkpoints_never_ask_the_hub(checkpoints, tiny_config, tmp_path, monkeypatch):
+    """peft's default asks it whether the base's vocabulary has grown, if the base is a hub id."""
+
+    def fail(*_):
+        raise OSError("the hub is gone")
+
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", fail)
+    weights = models.load_weights("base", tiny_config, CPU, in_4bit=True)
+    model = get_peft_model(weights, LoraConfig(**tiny_config.lora.model_dump()))
+    model.peft_config["default"].base_model_name_or_path = "org/name"
+    with pytest.raises(OSError, match="the hub is gone"):
+        model.save_pretrained(tmp_path / "asking")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, callbacks=[checkpoints()])
+    trainer.callback_handler.on_train_begin(arguments, trainer.state, trainer.control)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
 
 
 # --- which checkpoint is resumed ------------------------------------------------------------------
@@ -88,7 +147,8 @@ def checkpoints(tiny_config, tmp_path):
         with artifacts.stage("01_data_prep", tiny_config, tmp_path / "source") as source:
             artifacts.write_jsonl(source / "train.jsonl", [row])
         saver = callbacks.Checkpoints(config, out, device, [source])
-        saver.on_train_begin(None, TrainerState(), None)
+        model = SimpleNamespace(save_pretrained=print)
+        saver.on_train_begin(None, TrainerState(), None, model=model)
         return saver
 
     return make

@@ -12,6 +12,7 @@ SUMMARY = {
     "steps": 313, "first_loss": 1.4791, "last_loss": 1.3824, "validation_loss": 1.4012,
     "eos_rate": 0.875, "responses": 8, "rows_compared_with_audit": 4987,
     "trainable_parameters": 2_162_688, "total_parameters": 496_195_456, "precision": "float16",
+    "skipped_steps": 7,
 }  # fmt: skip
 AUDIT = {
     "rows": 5000, "rows_ok": 4987, "rows_excluded": 2, "rows_dropped": 11, "rows_truncated": 3100,
@@ -33,7 +34,15 @@ def test_every_value_of_recipe_and_run_is_there(tmp_path):
     rows = ("train.learning_rate` | 0.0002", "lora.r` | 16", "seed` | 42")
     for row in (*rows, "quantization.bnb_4bit_quant_type` | nf4"):
         assert f"| `{row} |" in card.text
-    for value in ("313", "1.479, 1.382", "1.401", "88 % of 8", "2,162,688", "3,456,789", "11 have"):
+    for value in (
+        "313, 7",
+        "1.479, 1.382",
+        "1.401",
+        "88 % of 8",
+        "2,162,688",
+        "3,456,789",
+        "11 have",
+    ):
         assert value in card.text, value
     assert config.model.base_revision in card.text
     assert config.data.revision in card.text
