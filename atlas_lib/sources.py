@@ -103,10 +103,10 @@ def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
     if constants.HF_HUB_OFFLINE:  # everything is said to be cached; the loader reports what is not
         return
     try:
-        with contextlib.suppress(errors.LocalEntryNotFoundError):
-            if revision and snapshot_download(
-                repo, revision=revision, repo_type=kind, local_files_only=True
-            ):
+        if revision:
+            options = {"local_files_only": True, "allow_patterns": []}  # [], since a part will do
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                snapshot_download(repo, revision=revision, repo_type=kind, **options)
                 return
         HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=5)
     except errors.HFValidationError:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from checks import refusal
+import stub_hub
+from checks import refusal, run_python
 
 from atlas_lib import artifacts, data
 from atlas_lib.config import load_config
@@ -295,3 +296,52 @@ def test_the_card_counts_turns_and_characters(source, tmp_path):
     assert sum(part["turns"]["assistant"] for part in both) == 9
     assert sum(part["assistant_characters"] for part in both) == 9
     assert sum(part["turns_per_conversation"].get("4", 0) for part in both) == 3
+
+
+LOAD = """
+import sys
+from atlas_lib import data
+from atlas_lib.config import load_config
+
+given = {"data.dataset": "team/chats", "data.revision": sys.argv[1], "data.split": "train_sft"}
+given |= {"data.n_samples": 4, "data.n_validation": 2}
+parts = data.load_subset(load_config("sft_qwen05b", "", given))
+print([messages[0]["content"] for part in parts for messages in part["messages"]])
+"""
+
+
+@pytest.fixture
+def on_hub(tmp_path):
+    """(the stub hub with four splits, a function that loads one in a new process)."""
+    files = {}
+    for split, count in (("train_sft", 2), ("test_sft", 1), ("train_gen", 1), ("test_gen", 1)):
+        for part in range(count):
+            rows = numbered(6)[part * 3 :][: 6 // count]
+            path = tmp_path / f"{split}-{part:05}-of-{count:05}-00.parquet"
+            datasets.Dataset.from_list(rows).to_parquet(path)
+            files[f"data/{path.name}"] = path.read_bytes()
+    with stub_hub.serve() as hub:
+        hub.datasets["team/chats"] = files | {"README.md": b"# Chats"}
+
+        def load(**given: str) -> str:
+            environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": stub_hub.TOKEN} | given
+            environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+            done = run_python("-c", LOAD, stub_hub.COMMIT, **environment)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stdout.splitlines()[-1]
+
+        yield hub, load
+
+
+def test_one_split_of_a_hub_dataset_is_downloaded_once(on_hub):
+    hub, load = on_hub
+    first = load()
+    chosen = datasets.Dataset.from_list(numbered(6)).shuffle(seed=42)["messages"]
+    assert first == str([messages[0]["content"] for messages in chosen])
+    downloaded = [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    assert len(downloaded) == 2
+    assert all("train_sft" in line for line in downloaded)
+    hub.requests.clear()
+    assert load() == first
+    assert [line for line in hub.requests if "/datasets/" in line] == []  # all of it is on disk
+    assert load(HF_HUB_OFFLINE="1") == first

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from atlas_lib import artifacts, sources, stages
 from atlas_lib.config import load_config
@@ -100,6 +101,22 @@ def test_an_unchanged_file_is_hashed_once(model):
     misses = sources._sha256.cache_info().misses
     sources.content_digest(model)
     assert sources._sha256.cache_info().misses == misses
+
+
+# --- the hub is asked only for what is not on disk ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_a_pinned_revision_on_disk_needs_no_hub(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    repo, pinned = f"team/{kind}", "0123456789" * 4
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        sources.check_hub(repo, pinned, kind)
+    artifacts.write_lines(tmp_path / f"{kind}s--team--{kind}/snapshots" / pinned / "part", ["x"])
+    sources.check_hub(repo, pinned, kind)
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        sources.check_hub(repo, None, kind)
 
 
 # --- a source runs no code (data: test_data.py) ---------------------------------------------------

@@ -15,6 +15,7 @@ import loopback
 
 TOKEN = "hf_canary2f9c1d"
 USER, ORGANISATION = "alice", "team"
+COMMIT = "0123456789" * 4  # of every data set
 # What `Hub.faults` may hold, and the answer that it plants.
 FAULTS = (
     "bad token",  # 401 to every question
@@ -38,6 +39,7 @@ class Hub:
     faults: set[str] = field(default_factory=set)
     private: dict[str, bool] = field(default_factory=dict)  # repository -> whether it is private
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> bytes
+    datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)  # as `files`, read only
     requests: list[str] = field(default_factory=list)  # "GET /api/whoami-v2"
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -65,6 +67,8 @@ class Hub:
             access = {"type": "access_token", "accessToken": {"role": self.role}}
             orgs = [{"type": "org", "name": ORGANISATION}]
             return 200, {"type": "user", "name": USER, "orgs": orgs, "auth": access}
+        if "/datasets/" in path:
+            return self.answer_about_data(path)
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
@@ -99,6 +103,19 @@ class Hub:
         if not own or self.role == "read" or "no write" in self.faults:
             return 403, "You need write access to this repository"
         return self.commit(repo, body) if what == "commit" else (200, {})
+
+    def answer_about_data(self, path: str) -> tuple[int, Any]:
+        """The answer to /api/datasets/<repo>/<what>/<commit> or /datasets/<repo>/resolve/..."""
+        owner, name, what, commit, *file = path.partition("/datasets/")[2].split("/")
+        files = self.datasets.get(f"{owner}/{name}")
+        if files is None:
+            return 404, "Repository not found"
+        if what == "resolve":
+            return 200, files["/".join(file)]
+        if what == "tree":
+            entry = {"type": "file", "oid": "0" * 40}
+            return 200, [entry | {"path": path, "size": len(files[path])} for path in files]
+        return 200, {"id": f"{owner}/{name}", "sha": commit, "private": False, "siblings": []}
 
     def commit(self, repo: str, body: bytes) -> tuple[int, Any]:
         if "no commit" in self.faults:
@@ -142,12 +159,17 @@ def serve() -> Iterator[Hub]:
                     self.send_header("X-Error-Code", "RepoNotFound")
                 content = {"error": content}
             self.send_header("Content-Type", "application/json")
+            if isinstance(content, bytes):  # a file
+                self.send_header("ETag", hashlib.sha1(content).hexdigest())
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(
-                content if isinstance(content, bytes) else json.dumps(content).encode()
-            )
+            if self.command != "HEAD":
+                self.wfile.write(
+                    content if isinstance(content, bytes) else json.dumps(content).encode()
+                )
 
-        do_POST = do_GET
+        do_POST = do_HEAD = do_GET
 
         def log_message(self, *args):
             pass
