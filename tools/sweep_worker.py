@@ -98,7 +98,7 @@ def list_devices(opened: OpenStudy) -> dict[Path, dict[str, str]]:
 
 
 def gpus() -> list[str]:
-    """The GPUs that this user may use, by UUID: given index 0, notebook 04 would use all GPUs."""
+    """The GPUs that this user may use, by UUID, which names their locks on this machine."""
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True)

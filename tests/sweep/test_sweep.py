@@ -524,7 +524,7 @@ def test_a_run_begins_as_a_copy_and_keeps_what_it_wrote(tmp_path):
 
 
 def test_a_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    """By UUID: a process that is given index 0 would use all GPUs."""
+    """By UUID, whatever CUDA_VISIBLE_DEVICES calls it."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nprintf 'GPU-aa\\nGPU-bb\\nGPU-cc\\n'\n")
     tool.chmod(0o755)
