@@ -72,7 +72,8 @@ class Report:
 
 def examine(auditor: Auditor, conversations: Sequence, generation_stops: list[str]) -> Report:
     """Audit `conversations` and say what to do about the findings."""
-    report = Report(auditor.template.stops, generation_stops, auditor.trl_template is not None)
+    stops = tuple(dict.fromkeys(auditor.template.stops + auditor.template.call_stops))
+    report = Report(stops, generation_stops, auditor.trl_template is not None)
     for record, rows, opinions in auditor.judge(conversations):
         where = f"row {record['idx']}"
         report.counts.update(_counts(record, rows, auditor))

@@ -51,7 +51,7 @@ class Sentinels:
         if found is None:
             return None
         places = [(texts[number], *span) for number, span in zip(present, found, strict=True)]
-        spans = {message: self._span(message, places, row.text) for message in row.spans}
+        spans = {message: self._span(message, places, row) for message in row.spans}
         dropped = [t for number, t in enumerate(texts) if t.text and number not in present]
         return None if None in spans.values() else Opinion(spans, dropped)
 
@@ -64,13 +64,14 @@ class Sentinels:
                 self._skeletons[shape] = None
         return self._skeletons[shape]
 
-    def _span(self, message: int, places: list[tuple[Leaf, int, int]], text: str) -> Span | None:
+    def _span(self, message: int, places: list[tuple[Leaf, int, int]], row: Row) -> Span | None:
         own = [(start, end) for place, start, end in places if place.message == message]
         if not own:
             return None
         before = max((end for place, _, end in places if place.message < message), default=0)
-        header = text.rfind(self.template.header, before, own[0][0])
-        ends = [(text.find(stop, own[-1][1]), len(stop)) for stop in self.template.stops]
+        header = row.text.rfind(self.template.header, before, own[0][0])
+        stops = self.template.stops_of(row.chat[message])
+        ends = [(row.text.find(stop, own[-1][1]), len(stop)) for stop in stops]
         end = min((at + length for at, length in ends if at >= 0), default=-1)
         return None if min(header, end) < 0 else (header + len(self.template.header), end)
 

@@ -73,6 +73,7 @@ class ChatTemplate:
         self.added = any_of(token.content for token in added.values())
         self.special = any_of(token.content for token in added.values() if token.special)
         self.stops, self.header = self._probe_stops(), self._probe_header()
+        self.call_stops = self._probe_call_stops()
         self._tokens_of: dict[str, list[int]] = {}
 
     def render(
@@ -96,19 +97,29 @@ class ChatTemplate:
             raise ValueError(f"The chat template does not render a plain chat: {error}.") from None
 
     def _probe_stops(self) -> tuple[str, ...]:
-        """The special tokens that end a response, and those that end a tool call if they differ."""
+        """The special tokens that end a response."""
         tails = self._tails(ANSWER, {"role": "user", "content": NEXT})
         stops = self._closing(tails) or self.special.findall(tails[1])[:1]
         if not stops:
             raise ValueError("The chat template ends responses with no special token.")
+        return tuple(stops)
+
+    def _probe_call_stops(self) -> tuple[str, ...]:
+        """The special tokens that end a tool call: often those that end any response."""
+        result = {"role": "tool", "name": "name", "tool_call_id": "call00000", "content": NEXT}
         for arguments in ({"a": RESPONSE}, f'{{"a": "{RESPONSE}"}}'):
             function = {"name": "name", "arguments": arguments}
             call = {"type": "function", "id": "call00000", "function": function}
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
             with contextlib.suppress(ValueError):  # many templates render no calls
-                tails = self._tails(calling, {"role": "tool", "name": "name", "content": NEXT})
-                return tuple(dict.fromkeys(stops + self._closing(tails)))
-        return tuple(stops)
+                tails = self._tails(calling, result)
+                if not any(stop in tails[0] for stop in self.stops):
+                    return tuple(self._closing(tails)) or self.stops
+        return self.stops
+
+    def stops_of(self, message: dict) -> tuple[str, ...]:
+        """The tokens of which one ends this message of the assistant."""
+        return self.call_stops if message.get("tool_calls") else self.stops
 
     def _tails(self, response: dict, following: dict) -> list[str]:
         """What follows the text of a response, as the last message and before another one."""
@@ -146,27 +157,16 @@ class ChatTemplate:
                 f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
             ) from None
         triples = zip(where, prompts, answered, strict=True)
-        return [self._turn(i, prompt, reply, answered[-1]) for i, prompt, reply in triples]
+        stops = [self.stops_of(chat[i]) for i in where]
+        return [
+            _turn(*triple, answered[-1], ends) for triple, ends in zip(triples, stops, strict=True)
+        ]
 
     def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
         try:
             return bool(self.render([chat], tools=tools))
         except RENDERING_ERRORS:
             return False
-
-    def _turn(self, message: int, prompt: str, answered: str, text: str) -> Turn:
-        ends = [answered.rfind(stop, len(prompt)) for stop in self.stops]
-        end = max(e + len(s) if e >= 0 else 0 for e, s in zip(ends, self.stops, strict=True))
-        emission = answered[len(prompt) : end]
-        if not answered.startswith(prompt):
-            status = "prompt"
-        elif not emission:
-            status = "no stop"
-        elif not text.startswith(prompt):
-            status = "context"
-        else:
-            status = "exact" if text.startswith(prompt + emission) else "history"
-        return Turn(message, prompt, answered, emission, status)
 
     def rows(self, chat: Chat, turns: Sequence[Turn], tools: list[dict] | None = None) -> list[Row]:
         """One row of the whole chat if all turns are exact, else one row per turn.
@@ -215,6 +215,21 @@ class ChatTemplate:
             ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
             self._tokens_of[tail] = np.asarray(ids)
         return self._tokens_of[tail]
+
+
+def _turn(message: int, prompt: str, answered: str, text: str, stops: tuple[str, ...]) -> Turn:
+    ends = [answered.rfind(stop, len(prompt)) for stop in stops]
+    end = max(e + len(s) if e >= 0 else 0 for e, s in zip(ends, stops, strict=True))
+    emission = answered[len(prompt) : end]
+    if not answered.startswith(prompt):
+        status = "prompt"
+    elif not emission:
+        status = "no stop"
+    elif not text.startswith(prompt):
+        status = "context"
+    else:
+        status = "exact" if text.startswith(prompt + emission) else "history"
+    return Turn(message, prompt, answered, emission, status)
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern:

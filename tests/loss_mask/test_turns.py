@@ -47,6 +47,17 @@ def test_a_template_that_rewrites_history_trains_one_row_per_response(tokenizer)
     assert set(second["labels"][: len(prompt)]) == {template.IGNORED}
 
 
+def test_a_tool_call_may_end_with_another_token(tokenizer):
+    chat_template = ChatTemplate(tokenizer, templates.CALLS)
+    assert (chat_template.stops, chat_template.call_stops) == (("<|im_end|>",), ("<|endoftext|>",))
+    calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    chat = [CHAT[1], calling, {"role": "tool", "content": "It is."}, CHAT[2]]
+    emissions = [turn.emission for turn in chat_template.turns(chat)]
+    assert [emission.endswith("<|endoftext|>") for emission in emissions] == [True, False]
+    [row] = rows_of(chat_template, chat)
+    assert Sentinels(chat_template).judge(row).spans == row.spans
+
+
 @pytest.mark.parametrize(
     ("text", "status", "problem"),
     [
