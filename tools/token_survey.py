@@ -48,6 +48,10 @@ ROWS_EXPLAINED = {  # why rows differ, by family
         "quotes the usual stop token seems to end there by prefixes."
     ),
 }
+COUNTED = (  # over the training rows of a family
+    *("rows", "responses", "tokens", "supervised", "straddling", "other_prompts"),
+    *("judged_by_both", "rows_that_differ"),
+)
 STRIPPING = ("phi3",)  # templates whose published tokens swallow the whitespace that follows
 
 
@@ -56,7 +60,7 @@ class Counts:
     """What is counted over the conversations of a family."""
 
     statuses: Counter = field(default_factory=Counter)
-    tokens: Counter = field(default_factory=Counter)
+    tokens: Counter = field(default_factory=Counter)  # by COUNTED
     trl: Counter = field(default_factory=Counter)
     beyond: Counter = field(default_factory=Counter)  # by the text of what TRL trains
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -106,7 +110,7 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "eos": tokenizer.eos_token,
         "conversations": counts.statuses.total(),
         "statuses": dict(counts.statuses),
-        **counts.tokens,
+        **{name: counts.tokens[name] for name in COUNTED},
         "differences": counts.differences[:5],
         "trl": {**counts.trl, "beyond": dict(counts.beyond.most_common(5))} if markers else None,
     }
@@ -126,7 +130,6 @@ def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> No
             straddling=row.straddling(),
             other_prompts=other_prompts(row, tokenizer),
             judged_by_both=int(opinion is not None),
-            rows_that_differ=0,
         )
         if opinion:
             added = np.isin(row.ids, chat_template.added_ids)
