@@ -114,7 +114,7 @@ def survey_template(text: str) -> dict[str, Any]:
     whole = [row for v in verdicts["plain"] if len(v.rows) == 1 for row in v.rows]
     record = {
         **summaries.pop("plain"),
-        "stop": "".join(judge.template.stops),
+        "stop": judge.template.ending.stop,
         "header": judge.template.header,
         "lead": judge.lead(),
         "shows_system": judge.shows_system,

@@ -106,7 +106,7 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
                 compare_with_trl(verdict, chat_template, markers[1], counts)
     return {
         "kinds": list(shapes),
-        "stop": "".join(chat_template.stops),
+        "stop": chat_template.ending.stop,
         "eos": tokenizer.eos_token,
         "conversations": counts.statuses.total(),
         "statuses": dict(counts.statuses),

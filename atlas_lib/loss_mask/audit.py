@@ -40,9 +40,9 @@ def audit_rows(
     makes the mask from the markers; otherwise training rows are made by prefixes. Prefixes,
     sentinels and (with markers) the grammar of ChatML must agree on every token.
     """
-    if tokenizer.eos_token not in chat_template.stops:
+    if tokenizer.eos_token != chat_template.ending.stop:
         raise ValueError(
-            f"Responses end with {chat_template.stops[0]!r}, but the tokenizer's eos token is "
+            f"Responses end with {chat_template.ending.stop!r}, but the tokenizer's eos token is "
             f"{tokenizer.eos_token!r}, at which decoding stops: set model.eos_token."
         )
     auditor = Auditor(tokenizer, chat_template, config)

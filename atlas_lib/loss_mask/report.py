@@ -72,7 +72,8 @@ class Report:
 
 def examine(auditor: Auditor, conversations: Sequence, generation_stops: list[str]) -> Report:
     """Audit `conversations` and say what to do about the findings."""
-    stops = tuple(dict.fromkeys(auditor.template.stops + auditor.template.call_stops))
+    endings = (auditor.template.ending, auditor.template.call_ending)
+    stops = tuple(dict.fromkeys(ending.stop for ending in endings))
     report = Report(stops, generation_stops, auditor.trl_template is not None)
     for record, rows, opinions in auditor.judge(conversations):
         where = f"row {record['idx']}"

@@ -65,15 +65,18 @@ class Sentinels:
         return self._skeletons[shape]
 
     def _span(self, message: int, places: list[tuple[Leaf, int, int]], row: Row) -> Span | None:
-        own = [(start, end) for place, start, end in places if place.message == message]
+        later = min((start for place, start, _ in places if place.message > message), default=None)
+        own = [place[1:] for place in places if place[0].message == message]
+        own = [(start, end) for start, end in own if later is None or end <= later]
         if not own:
             return None
         before = max((end for place, _, end in places if place.message < message), default=0)
         header = row.text.rfind(self.template.header, before, own[0][0])
-        stops = self.template.stops_of(row.chat[message])
-        ends = [(row.text.find(stop, own[-1][1]), len(stop)) for stop in stops]
-        end = min((at + length for at, length in ends if at >= 0), default=-1)
-        return None if min(header, end) < 0 else (header + len(self.template.header), end)
+        stop = self.template.ending_of(row.chat[message]).stop
+        end = row.text.find(stop, own[-1][1])
+        if min(header, end) < 0:
+            return None
+        return header + len(self.template.header), end + len(stop)
 
 
 def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:
@@ -94,7 +97,8 @@ def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:
     for index, message in enumerate(chat):
         copy = dict(message)
         for key in (key for key in TEXTS if key in message):
-            copy[key] = replace(message[key], index, key)
+            if message[key] or not message.get("tool_calls"):  # templates ask for empty contents
+                copy[key] = replace(message[key], index, key)
         if calls := message.get("tool_calls"):
             functions = [replace(call["function"], index, "tool_calls") for call in calls]
             pairs = zip(calls, functions, strict=True)

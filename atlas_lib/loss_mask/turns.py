@@ -45,6 +45,16 @@ class Turn:
     status: str
 
 
+class Ending(NamedTuple):
+    """The stop token of a response, and the text that follows it in the last turn.
+
+    `after` is None if only the next message ends a response.
+    """
+
+    stop: str
+    after: str | None
+
+
 class Row(NamedTuple):
     """One training row: a chat, its text, and {index of a message: span of characters to learn}."""
 
@@ -72,8 +82,8 @@ class ChatTemplate:
         self.added_ids = np.fromiter(added, dtype=np.int64)
         self.added = any_of(token.content for token in added.values())
         self.special = any_of(token.content for token in added.values() if token.special)
-        self.stops, self.header = self._probe_stops(), self._probe_header()
-        self.call_stops = self._probe_call_stops()
+        self.ending, self.header = self._probe_ending(), self._probe_header()
+        self.call_ending = self._probe_call_ending()
         self._tokens_of: dict[str, list[int]] = {}
 
     def render(
@@ -96,30 +106,39 @@ class ChatTemplate:
         except RENDERING_ERRORS as error:
             raise ValueError(f"The chat template does not render a plain chat: {error}.") from None
 
-    def _probe_stops(self) -> tuple[str, ...]:
-        """The special tokens that end a response."""
-        tails = self._tails(ANSWER, {"role": "user", "content": NEXT})
-        stops = self._closing(tails) or self.special.findall(tails[1])[:1]
-        if not stops:
-            raise ValueError("The chat template ends responses with no special token.")
-        return tuple(stops)
+    def _probe_ending(self) -> Ending:
+        """How a response ends."""
+        if found := self._ending(ANSWER, {"role": "user", "content": NEXT}):
+            return found
+        raise ValueError("The chat template ends responses with no special token.")
 
-    def _probe_call_stops(self) -> tuple[str, ...]:
-        """The special tokens that end a tool call: often those that end any response."""
+    def _probe_call_ending(self) -> Ending:
+        """How a tool call ends: often as any response does."""
         result = {"role": "tool", "name": "name", "tool_call_id": "call00000", "content": NEXT}
         for arguments in ({"a": RESPONSE}, f'{{"a": "{RESPONSE}"}}'):
             function = {"name": "name", "arguments": arguments}
             call = {"type": "function", "id": "call00000", "function": function}
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
             with contextlib.suppress(ValueError):  # many templates render no calls
-                tails = self._tails(calling, result)
-                if not any(stop in tails[0] for stop in self.stops):
-                    return tuple(self._closing(tails)) or self.stops
-        return self.stops
+                return self._ending(calling, result) or self.ending
+        return self.ending
 
-    def stops_of(self, message: dict) -> tuple[str, ...]:
-        """The tokens of which one ends this message of the assistant."""
-        return self.call_stops if message.get("tool_calls") else self.stops
+    def ending_of(self, message: dict) -> Ending:
+        """How this message of the assistant ends."""
+        return self.call_ending if message.get("tool_calls") else self.ending
+
+    def _ending(self, response: dict, following: dict) -> Ending | None:
+        """The special token after RESPONSE that is there in the last turn and in any other."""
+        last, followed = self._tails(response, following)
+        if shared := list(self.special.finditer(_common_start(last, followed))):
+            always_prompts = self._probe(ANSWER, prompt=True) == self._probe(ANSWER)
+            stop = shared[0 if always_prompts else -1]
+        elif alone := list(self.special.finditer(last)):
+            stop = alone[-1]
+        else:
+            by_next = self.special.search(followed)
+            return Ending(by_next[0], None) if by_next else None
+        return Ending(stop[0], last[stop.end() :])
 
     def _tails(self, response: dict, following: dict) -> list[str]:
         """What follows the text of a response, as the last message and before another one."""
@@ -127,12 +146,6 @@ class ChatTemplate:
         if any(RESPONSE not in text for text in texts):
             raise ValueError("The chat template does not render the content of responses.")
         return [text.split(RESPONSE)[-1] for text in texts]
-
-    def _closing(self, tails: list[str]) -> list[str]:
-        if shared := self.special.findall(_common_start(*tails)):
-            always_prompts = self._probe(ANSWER, prompt=True) == self._probe(ANSWER)
-            return [shared[0 if always_prompts else -1]]
-        return self.special.findall(tails[0])[-1:]
 
     def _probe_header(self) -> str:
         """The text between the last message and the response, which the generation prompt adds."""
@@ -152,14 +165,15 @@ class ChatTemplate:
             prompts = self.render([chat[:i] for i in where], True, tools)
             answered = self.render([chat[: i + 1] for i in where], tools=tools)
         except RENDERING_ERRORS as error:
-            refused = next(i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            starts = (i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            refused = next(starts, len(chat) - 1)
             raise ValueError(
                 f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
             ) from None
         triples = zip(where, prompts, answered, strict=True)
-        stops = [self.stops_of(chat[i]) for i in where]
         return [
-            _turn(*triple, answered[-1], ends) for triple, ends in zip(triples, stops, strict=True)
+            _turn(i, prompt, reply, answered[-1], self.ending_of(chat[i]))
+            for i, prompt, reply in triples
         ]
 
     def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
@@ -217,13 +231,12 @@ class ChatTemplate:
         return self._tokens_of[tail]
 
 
-def _turn(message: int, prompt: str, answered: str, text: str, stops: tuple[str, ...]) -> Turn:
-    ends = [answered.rfind(stop, len(prompt)) for stop in stops]
-    end = max(e + len(s) if e >= 0 else 0 for e, s in zip(ends, stops, strict=True))
-    emission = answered[len(prompt) : end]
+def _turn(message: int, prompt: str, answered: str, text: str, ending: Ending) -> Turn:
+    after = ending.after or ""
+    emission = answered[len(prompt) : len(answered) - len(after)]
     if not answered.startswith(prompt):
         status = "prompt"
-    elif not emission:
+    elif ending.after is None or not answered.endswith(ending.stop + after):
         status = "no stop"
     elif not text.startswith(prompt):
         status = "context"
