@@ -50,7 +50,8 @@ class Sentinels:
         found = _put_back(literals, [texts[number].text for number in present], row.text)
         if found is None:
             return None
-        places = [(texts[number], *span) for number, span in zip(present, found, strict=True)]
+        spans_of = dict(zip(reversed(present), reversed(found), strict=True))  # the first of each
+        places = [(texts[number], *span) for number, span in spans_of.items()]
         spans = {message: self._span(message, places, row) for message in row.spans}
         dropped = [t for number, t in enumerate(texts) if t.text and number not in present]
         return None if None in spans.values() else Opinion(spans, dropped)
@@ -65,15 +66,14 @@ class Sentinels:
         return self._skeletons[shape]
 
     def _span(self, message: int, places: list[tuple[Leaf, int, int]], row: Row) -> Span | None:
-        later = min((start for place, start, _ in places if place.message > message), default=None)
         own = [place[1:] for place in places if place[0].message == message]
-        own = [(start, end) for start, end in own if later is None or end <= later]
         if not own:
             return None
         before = max((end for place, _, end in places if place.message < message), default=0)
-        header = row.text.rfind(self.template.header, before, own[0][0])
+        first, last = min(start for start, _ in own), max(end for _, end in own)
+        header = row.text.rfind(self.template.header, before, first)
         stop = self.template.ending_of(row.chat[message]).stop
-        end = row.text.find(stop, own[-1][1])
+        end = row.text.find(stop, last)
         if min(header, end) < 0:
             return None
         return header + len(self.template.header), end + len(stop)
