@@ -4,6 +4,7 @@ Importing this module hides the messages below, which a user cannot act on. It i
 itself, so that `bootstrap` can use it before any package is loaded.
 """
 
+import functools
 import importlib.metadata
 import logging
 import subprocess
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 CPU_LOSS_TILE = (256, 4096)  # positions x words whose logits are held at a time: 4 MiB
 # Logger -> the start of a message that is dropped.
@@ -80,6 +82,16 @@ def keep_adapter_in_float32(model: "torch.nn.Module") -> None:
         parameter.data = parameter.data.to(torch.float32)
 
 
+def save_adapter_without_hub(model: "PeftModel") -> None:
+    """Save the adapter at each checkpoint without asking the hub for the base model's config.
+
+    peft 0.21 does so by default, at `main` and without a time limit, to find out whether embedding
+    layers have changed (`save_embedding_layers="auto"`). Atlas trains none. Can go when the trainer
+    passes the argument on.
+    """
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+
 def keep_cpu_gradients_right(model: "torch.nn.Module") -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
 
@@ -97,10 +109,14 @@ def keep_attention_lean(dtype: str) -> None:
 
     No fast kernel of sm_75 accepts enable_gqa, which transformers requests wherever a batch has no
     padding; sdpa then builds the whole attention matrix in float32. Can go when transformers checks
-    the GPU's architecture (transformers#48633, open in 5.23).
+    the GPU's architecture (transformers#48633, open in 5.23). cuDNN's attention is off on all GPUs:
+    with a mask, its gradients are NaN on an H100 where the padded length is 64 modulo 128
+    (pytorch#196678), and it plans each new shape anew. It can come back when that issue is closed.
     """
+    import torch
     from transformers.integrations import sdpa_attention
 
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype == "float16" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atlas_lib.schema import Config
 
+CHOSEN_HERE = "ATLAS_CHOSE_THE_GPU"  # an environment variable: the user has not chosen
 HEADROOM = 0.75  # share of the free memory to use: the rest is for gradients and fragmentation
 
 
@@ -45,7 +46,8 @@ def hardware() -> str:
 
 def gpu_available(config: Config) -> bool:
     """Whether CUDA can be used. Raises RuntimeError if it cannot and run.require_gpu is set."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Kaggle's "T4" is two: one process, one GPU
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:  # Kaggle's "T4" is two: one process, one GPU
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "0", CHOSEN_HERE: "1"}
     import torch
 
     found = torch.cuda.is_available()
@@ -58,16 +60,17 @@ def gpu_available(config: Config) -> bool:
     return found
 
 
-def gpu_count() -> int:
-    """GPUs that the user has not hidden; this process itself uses one of them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    if chosen != "0":  # chosen by the user; an empty value and -1 hide them all
-        return int(chosen not in ("", "-1"))
+def gpu_ids() -> list[str]:
+    """The GPUs that the user has not hidden, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and CHOSEN_HERE not in os.environ:
+        return [name for name in chosen.split(",") if name not in ("", "-1")]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return 0
-    return len(listed.stdout.splitlines())
+        return []
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # not: "  MIG "
+    return [str(index) for index in range(len(gpus))]
 
 
 def choose_device(config: Config) -> Device:

@@ -88,7 +88,7 @@ def provenance() -> dict[str, Any]:
         "platform": f"{platform_name()}, {platform.platform()}",
         "image": image(),
         "hardware": devices.hardware(),
-        "gpus": devices.gpu_count(),
+        "gpus": len(devices.gpu_ids()),
     }
 
 

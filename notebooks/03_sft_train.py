@@ -225,13 +225,14 @@ trainer = SFTTrainer(
 # %% [markdown]
 # TRL casts the adapter of a 4-bit model to bfloat16. The next cell casts it back to float32: the
 # gradient scaler of float16 training cannot handle bfloat16, and small updates would be rounded
-# away. On a CPU it also makes TRL's loss skip the positions that carry no loss, which changes its
-# speed and not its value.
+# away. Checkpoints are saved without a request to the hub. On a CPU, TRL's loss skips the positions
+# that carry no loss, which changes its speed and not its value.
 
 # %%
 from transformers import PrinterCallback
 
 compat.keep_adapter_in_float32(trainer.model)
+compat.save_adapter_without_hub(trainer.model)
 compat.fit_loss_to_cpu(device.name)
 trainer.remove_callback(PrinterCallback)  # replaced by ProgressLines
 trained_types = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}

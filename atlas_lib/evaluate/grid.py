@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import os
+import queue
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def generate_all(
     """
     adapter_check.check_adapter(adapter, config)
     names, found = model_names(config), {}
-    if (gpus := devices.gpu_count()) > 1:
+    if len(gpus := devices.gpu_ids()) > 1:
         _generate_in_processes(names, config, adapter, out, gpus)
     for name in names:
         found |= generate_for(name, config, device, adapter, prompts, out)
@@ -99,34 +101,50 @@ def generate_for(
     }
 
 
-def command(config: Config, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
-    """The command of a process that stores the responses of the models `names` in `out`."""
+def command(config: Config, adapter: str | Path, out: Path, name: str, form: str) -> list[str]:
+    """The command of a process that stores the responses of the model `name` in one format."""
+    one = config.model_copy(update={"eval": config.eval.model_copy(update={"formats": [form]})})
     module = [sys.executable, "-m", "atlas_lib.evaluate.grid"]
-    text = config.model_dump_json(exclude_unset=True)
-    return [*module, text, str(adapter), str(out), *names]
+    return [*module, one.model_dump_json(exclude_unset=True), str(adapter), str(out), name]
 
 
 def _generate_in_processes(
-    names: list[str], config: Config, adapter: str | Path, out: Path, gpus: int
+    names: list[str], config: Config, adapter: str | Path, out: Path, gpus: list[str]
 ) -> None:
-    """Store the responses of `names` with one process per GPU, whose output is echoed."""
+    """Store the responses with one process per GPU at a time, whose output is echoed.
 
-    def run(gpu: int) -> int:
+    A GPU takes the next (model, format) when it is free; the base model, whose raw responses are
+    the longest, comes first. No process outlives this one's interest in it.
+    """
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    running: list[subprocess.Popen] = []
+
+    def run(job: tuple[str, str]) -> str | None:
+        gpu = free.get()
         process = subprocess.Popen(
-            command(config, adapter, out, names[gpu::gpus]),
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+            command(config, adapter, out, *job),
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
             cwd=bootstrap.ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        running.append(process)
         for line in process.stdout:
             print(f"GPU {gpu} | {line}", end="", flush=True)
-        return process.wait()
+        free.put(gpu)
+        return gpu if process.wait() else None
 
-    with ThreadPoolExecutor(gpus) as pool:
-        statuses = list(pool.map(run, range(min(gpus, len(names)))))
-    if failed := [gpu for gpu, status in enumerate(statuses) if status]:
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        try:
+            failed = list(filter(None, pool.map(run, product(names, config.eval.formats))))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()  # does nothing to a process that has ended
+    if failed:
         raise RuntimeError(f"The process on GPU {failed[0]} failed; see its last lines above.")
 
 

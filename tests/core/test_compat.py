@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import save_and_load
 from transformers.integrations import sdpa_attention
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
@@ -96,6 +97,27 @@ def test_on_a_t4_sdpa_is_never_called_with_enable_gqa(base, monkeypatch):
     compat.keep_attention_lean(T4.dtype)
     torch.testing.assert_close(base(input_ids=ids).logits, shared)
     assert set(asked) == {False}
+
+
+def test_cudnn_attention_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    compat.keep_attention_lean("bfloat16")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_checkpoint_is_saved_without_a_request_to_the_hub(base, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("the hub is out of reach")
+
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", refuse)
+    settings = LoraConfig(target_modules=["q_proj"], base_model_name_or_path="someone/model")
+    adapted = get_peft_model(base, settings)
+    adapted.peft_config["default"].base_model_name_or_path = "someone/model"
+    with pytest.raises(OSError, match="out of reach"):  # the defect
+        adapted.save_pretrained(tmp_path / "asks")
+    compat.save_adapter_without_hub(adapted)
+    adapted.save_pretrained(tmp_path / "asks not")
+    assert (tmp_path / "asks not" / "adapter_model.safetensors").is_file()
 
 
 def test_an_older_transformers_gets_gradient_checkpointing(monkeypatch):

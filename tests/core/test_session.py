@@ -230,15 +230,30 @@ def test_one_gpu_is_chosen_unless_the_user_chose(chosen, config, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if chosen is None else chosen)
 
 
-@pytest.mark.parametrize(("chosen", "count"), [(None, 2), ("1", 1), ("", 0), ("-1", 0)])
-def test_a_manifest_counts_the_gpus_that_are_not_hidden(chosen, count, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("chosen", "ids"),
+    [
+        (None, ["0", "1"]),
+        ("0", ["0"]),
+        ("0,1", ["0", "1"]),
+        ("GPU-b", ["GPU-b"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_the_gpus_that_the_user_has_not_hidden_are_used(chosen, ids, config, tmp_path, monkeypatch):
+    gpu(monkeypatch, (7, 5))
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4'\necho 'GPU 1: Tesla T4'\n")
+    mig = "echo '  MIG 1g.5gb Device 0: (UUID: MIG-a)'\n"
+    tool.write_text(f"#!/bin/sh\necho 'GPU 0: Tesla T4'\n{mig}echo 'GPU 1: Tesla T4'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert session.provenance()["gpus"] == count
+    assert devices.gpu_ids() == ids
+    devices.choose_device(config)  # hides all GPUs but one from this process only
+    assert devices.gpu_ids() == ids
+    assert session.provenance()["gpus"] == len(ids)
 
 
 # --- secrets --------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
 import stat
+import sys
+import threading
+import time
 
 import pytest
 from ifeval_cases import random_adapter
@@ -63,14 +67,32 @@ def test_two_processes_give_the_same_responses(
     assert generate_all(config, adapter, tmp_path) == generated[0]
     shown = capsys.readouterr().out
     assert "GPU 0 | base-raw" in shown
-    assert "GPU 1 | SFT-raw" in shown
+    assert "GPU 1 | base-chat" in shown
+    assert {line[:6] for line in shown.splitlines() if "SFT-" in line} <= {"GPU 0 ", "GPU 1 "}
 
 
 def test_a_process_that_fails_is_named(config, adapter, tmp_path, monkeypatch):
     list_gpus(tmp_path, monkeypatch, 2)
     (tmp_path / grid.STORE).write_text("a file where the folder of responses belongs")
-    with pytest.raises(RuntimeError, match="The process on GPU 0 failed"):
+    with pytest.raises(RuntimeError, match=r"The process on GPU \d failed"):
         generate_all(config, adapter, tmp_path)
+
+
+def test_an_interrupt_ends_the_processes(config, adapter, tmp_path, monkeypatch):
+    """The base model comes first: its responses are the longest."""
+    jobs = []
+
+    def sleep(config, adapter, out, *job):
+        jobs.append(job)
+        return [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+
+    monkeypatch.setattr(grid, "command", sleep)
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grid._generate_in_processes(["base", "SFT"], config, adapter, tmp_path, ["0", "1"])
+    assert time.monotonic() - started < 30
+    assert sorted(jobs) == [("base", "chat"), ("base", "raw")]
 
 
 def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch):
