@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import template
-from atlas_lib.loss_mask.sentinels import Opinion, Sentinels
+from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged
 from atlas_lib.loss_mask.turns import (
     NEXT,
     ONE_ROW_PER_TURN,
@@ -79,14 +79,14 @@ class Verdict(NamedTuple):
 
     def judged_by_both(self) -> Iterator[tuple[Row, Opinion]]:
         pairs = zip(self.rows, self.opinions, strict=True)
-        return ((row, opinion) for row, opinion in pairs if opinion)
+        return ((row, opinion) for row, opinion in pairs if judged(row, opinion))
 
     def dropped(self) -> list[str]:
         """Texts that rows should show or teach and do not; earlier reasoning may be left out."""
         return [
             f"{row.chat[text.message]['role']} {text.key}"
-            for row, opinion in self.judged_by_both()
-            for text in opinion.dropped
+            for row, opinion in zip(self.rows, self.opinions, strict=True)
+            for text in (opinion.dropped if opinion else ())
             if text.message in row.spans or text.key in ("content", "tool_calls")
         ]
 
@@ -143,7 +143,7 @@ def best_switch(text: str, status: str) -> dict[str, str] | None:
 
 def status_with(text: str, variables: dict[str, bool]) -> str:
     try:
-        judge = Judge(ChatTemplate(StandIn(text), **variables))
+        judge = Judge(ChatTemplate(StandIn(text), None, variables))
     except ValueError:
         return "refused"
     verdicts = judge.verdicts("plain", CHATS["plain"], judge.shapes()["plain"])

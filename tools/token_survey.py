@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas_lib import template
+from atlas_lib.loss_mask.sentinels import judged
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
 from tools import npm_tokenizers
@@ -129,9 +130,9 @@ def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> No
             supervised=int(by_prefixes.sum()),
             straddling=row.straddling(),
             other_prompts=other_prompts(row, tokenizer),
-            judged_by_both=int(opinion is not None),
+            judged_by_both=int(judged(row.row, opinion)),
         )
-        if opinion:
+        if judged(row.row, opinion):
             added = np.isin(row.ids, chat_template.added_ids)
             spans = opinion.spans.values()
             wrong = np.flatnonzero(template.mask_of_spans(spans, row.offsets, added) != by_prefixes)

@@ -1,6 +1,7 @@
 """The audit of every row: which tokens the loss will see, recorded before weights are loaded."""
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import artifacts, data, models, stages, template
-from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels
+from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
@@ -58,7 +59,7 @@ class Auditor:
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.tokenizer, self.template, self.config = tokenizer, chat_template, config
         self.marked = tokenizer.chat_template != chat_template.text
-        self.trl_template = template.trl_training_template(chat_template.text)
+        self.trl_template = template.marked_for_trl(chat_template.text)
         self.sentinels = Sentinels(chat_template)
         self.limit = config.train.max_length or sys.maxsize  # None: TRL truncates nothing
         self.special = chat_template.special
@@ -132,7 +133,9 @@ class Auditor:
                 for first, end in row.ranges
             ],
             "turn_status": [turn.status for turn in turns],
-            "judged_by_prefixes_alone": sum(opinion is None for opinion in opinions),
+            "judged_by_prefixes_alone": sum(
+                not judged(row.row, opinion) for row, opinion in zip(rows, opinions, strict=True)
+            ),
             "straddling": sum(row.straddling() for row in rows),
             "input_ids_head": ids,
             "assistant_mask_head": mask.astype(int).tolist(),
@@ -184,7 +187,8 @@ class Auditor:
         written = len(self.special.findall(row.row.text))
         if written != (tokens := sum(i in self.special_ids for i in row.ids)):
             return f"{tokens} special tokens where the text has {written}"
-        if opinion and (dropped := _learned(opinion.dropped, row.row)):
+        dropped = _dropped(row.row) if opinion is None else _learned(opinion.dropped, row.row)
+        if dropped:
             return f"the template leaves out {dropped.key} of message {dropped.message}"
         for method, mask in {} if forged else self.references(row, opinion).items():
             wrong = np.flatnonzero(mask != row.mask)
@@ -199,7 +203,7 @@ class Auditor:
 
     def references(self, row: TokenRow, opinion: Opinion | None) -> dict[str, np.ndarray]:
         """The masks of the independent methods that can judge this row."""
-        spans = {"sentinels": opinion.spans.values()} if opinion else {}
+        spans = {"sentinels": opinion.spans.values()} if judged(row.row, opinion) else {}
         if self.marked:
             spans["the grammar of ChatML"] = template.assistant_spans(row.row.text)
         added = np.isin(row.ids, self.template.added_ids)
@@ -215,6 +219,15 @@ def with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
     if isinstance(conversation, dict):
         return conversation["messages"], conversation.get("tools") or None
     return conversation, None
+
+
+def _dropped(row: Row) -> Leaf | None:
+    """The first trained content that is not in the row, line by line and apart from tags."""
+    for message in row.spans:
+        content = row.chat[message].get("content") or ""
+        if any(piece.strip() not in row.text for piece in re.split(r"\n|</?\w+>", content)):
+            return Leaf(message, "content", content)
+    return None
 
 
 def _learned(dropped: list[Leaf], row: Row) -> Leaf | None:

@@ -26,7 +26,7 @@ class Leaf(NamedTuple):
 
 
 class Opinion(NamedTuple):
-    """{message: span of its response}, and the texts that the template leaves out."""
+    """{message: span of its response} where it was found, and texts that are left out."""
 
     spans: dict[int, Span]
     dropped: list[Leaf]
@@ -52,9 +52,10 @@ class Sentinels:
             return None
         spans_of = dict(zip(reversed(present), reversed(found), strict=True))  # the first of each
         places = [(texts[number], *span) for number, span in spans_of.items()]
-        spans = {message: self._span(message, places, row) for message in row.spans}
+        found_spans = {message: self._span(message, places, row) for message in row.spans}
+        spans = {message: span for message, span in found_spans.items() if span}
         dropped = [t for number, t in enumerate(texts) if t.text and number not in present]
-        return None if None in spans.values() else Opinion(spans, dropped)
+        return Opinion(spans, dropped)
 
     def _skeleton(self, marked: Chat, tools: list[dict] | None) -> str | None:
         shape = json.dumps([marked, tools])
@@ -77,6 +78,11 @@ class Sentinels:
         if min(header, end) < 0:
             return None
         return header + len(self.template.header), end + len(stop)
+
+
+def judged(row: Row, opinion: Opinion | None) -> bool:
+    """Whether the sentinels have found every response that the row trains."""
+    return opinion is not None and opinion.spans.keys() == row.spans.keys()
 
 
 def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:

@@ -9,9 +9,10 @@ after the last response carry no loss and are left out of F.
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Chat = list[dict[str, Any]]
 Span = tuple[int, int]
-RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+RENDERING_ERRORS += (AttributeError,)
 USER, RESPONSE, NEXT = "\ue010", "\ue011", "\ue012"  # contents of the probes, in no template
 ANSWER = {"role": "assistant", "content": RESPONSE}
 STATUS = {
@@ -71,13 +73,19 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, **variables: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.tokenizer = tokenizer
-        self.variables = tokenizer.special_tokens_map | variables
+        self.variables = tokenizer.special_tokens_map | dict(variables)
         self.text = text or tokenizer.chat_template
         if not isinstance(self.text, str):
-            raise ValueError("The tokenizer has no chat template; name one: model.chat_template.")
+            raise ValueError(
+                "The tokenizer has no chat template, or several; name one with --template or, in a "
+                "config, with model.chat_template."
+            )
         added = tokenizer.added_tokens_decoder
         self.added_ids = np.fromiter(added, dtype=np.int64)
         self.added = any_of(token.content for token in added.values())
@@ -91,7 +99,7 @@ class ChatTemplate:
     ) -> list[str]:
         """The text of each chat, with the generation prompt if `prompt`."""
         texts, _ = render_jinja_template(
-            list(chats),
+            [[_given(message) for message in chat] for chat in chats],
             tools=tools,
             chat_template=self.text,
             add_generation_prompt=prompt,
@@ -128,7 +136,11 @@ class ChatTemplate:
         return self.call_ending if message.get("tool_calls") else self.ending
 
     def _ending(self, response: dict, following: dict) -> Ending | None:
-        """The special token after RESPONSE that is there in the last turn and in any other."""
+        """The special token after RESPONSE that is there in the last turn and in any other.
+
+        The last one that both share; the first one if the template adds the header of a next
+        response even where it is not asked to, since that header is shared as well.
+        """
         last, followed = self._tails(response, following)
         if shared := list(self.special.finditer(_common_start(last, followed))):
             always_prompts = self._probe(ANSWER, prompt=True) == self._probe(ANSWER)
@@ -210,7 +222,7 @@ class ChatTemplate:
     def token_ranges(
         self, text: str, ids: Sequence[int], offsets: np.ndarray, spans: Sequence[Span]
     ) -> Iterator[Span]:
-        """First and last-but-one token of each span: those that follow the prompt's own tokens.
+        """Tokens [first, end) of each span: those that follow the prompt's own tokens.
 
         Added tokens split a text for every tokenizer, so that the tokens of a prompt are those up
         to its last added token, followed by those of its tail.
@@ -235,7 +247,7 @@ def _turn(message: int, prompt: str, answered: str, text: str, ending: Ending) -
     after = ending.after or ""
     emission = answered[len(prompt) : len(answered) - len(after)]
     if not answered.startswith(prompt):
-        status = "prompt"
+        emission, status = "", "prompt"
     elif ending.after is None or not answered.endswith(ending.stop + after):
         status = "no stop"
     elif not text.startswith(prompt):
@@ -243,6 +255,11 @@ def _turn(message: int, prompt: str, answered: str, text: str, ending: Ending) -
     else:
         status = "exact" if text.startswith(prompt + emission) else "history"
     return Turn(message, prompt, answered, emission, status)
+
+
+def _given(message: dict) -> dict:
+    """The message without keys that are null, which transformers leaves out too."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern:
