@@ -29,21 +29,13 @@ STATUSES = STATUS | {
     "refused": "the template renders no plain chat, no responses, no prompt or no stop",
 }
 EXPLAINED = {  # why the methods contradict each other, by the repository of the template
-    "inclusionAI/LLaDA2.2-flash": (
-        "Prefixes are right: the template repeats the name of a call in the result of the tool, "
-        "which sentinels take for the end of the response."
-    ),
-    "meetkai-functionary-medium-v3.1": (
-        "Sentinels are right about where the response does not end: tool calls end with another "
-        "token than other responses, and prefixes take a stop token that a call quotes for the end."
+    "google/diffusiongemma-26B-A4B-it": (
+        "Sentinels are right: after the result of a tool the template has no generation prompt, so "
+        "that a mask by prefixes includes the header of the response."
     ),
     "nc-ai-consortium/VAETKI-20B-A2B": (
         "Prefixes are right: with tools the generation prompt closes the thinking block, and "
         "sentinels look for the generation prompt of a conversation without tools."
-    ),
-    "tiiuae/Falcon-H1-Tiny-Tool-Calling-90M": (
-        "Sentinels are right: the template renders a tool call after the stop token of its turn, "
-        "so that a mask by prefixes ends before the call."
     ),
 }
 RECORDED = ("jinja2", "tokenizers", "transformers", "trl")
