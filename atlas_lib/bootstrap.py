@@ -1,5 +1,6 @@
 """Install what Kaggle's and Colab's images lack: standard library only, before any heavy import."""
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -16,7 +17,7 @@ from atlas_lib import compat
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this is one
 # A checkout has configs/ and notebooks/ beside the package; an installed wheel contains them.
 FILES = ROOT if (ROOT / "configs").is_dir() else ROOT / "atlas_lib" / "share"
-CONFIGS, NOTEBOOKS = FILES / "configs", FILES / "notebooks"
+CONFIGS, NOTEBOOKS, PINS = FILES / "configs", FILES / "notebooks", FILES / "requirements.txt"
 UNTOUCHABLE = ("torch", "numpy")  # upgrading them inside a hosted image breaks other packages
 # Hugging Face's libraries read these when they are imported. Progress bars would stay in the
 # notebook as dead widgets, and TRL sends telemetry unless told not to.
@@ -49,6 +50,17 @@ def floors() -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
+def pins() -> dict[str, str]:
+    """Package -> the exact requirement that the tests were run with, from requirements.txt."""
+    lines = re.findall(r"^[\w.-]+(?:\[\w+\])?==\S+", PINS.read_text(encoding="utf-8"), re.MULTILINE)
+    return {normal(line): line for line in lines}
+
+
+def normal(requirement: str) -> str:
+    """The canonical name of its package: "lm_eval[ifeval]>=0.4" -> "lm-eval"."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
 def numbers(version: str) -> tuple[int, ...]:
     """The first three numbers of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
@@ -77,6 +89,7 @@ def ensure() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     hosted, wanted = platform_name() != "local", missing()
+    at_first()
     if hosted:
         compat.remove_old_torchao()
     blocked = [each for each in wanted if each.split(">=")[0] in UNTOUCHABLE]
@@ -88,15 +101,22 @@ def ensure() -> None:
 
 
 def install(wanted: list[str]) -> None:
-    """pip install, with the versions of `held` unchanged. Raises RuntimeError with pip's error."""
-    started = time.monotonic()
-    print(f"Installing {', '.join(wanted)} ...", end=" ", flush=True)
+    """pip install, with the versions of `held` unchanged. Raises RuntimeError with pip's error.
+
+    At the versions of requirements.txt, which the tests have seen; where they do not fit the image,
+    at the newest that do.
+    """
+    started, exact = time.monotonic(), [pins()[normal(each)] for each in wanted]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(held()))
         constraints.flush()
-        options = ["-q", "--disable-pip-version-check", "-c", constraints.name]
-        pip = [sys.executable, "-m", "pip", "install", *options, *wanted]
-        done = subprocess.run(pip, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        for attempt in (exact, wanted):
+            print(f"Installing {', '.join(attempt)} ...", flush=True)
+            command = [*pip, "-c", constraints.name, *attempt]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not done.returncode:
+                break
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
         raise RuntimeError(
@@ -115,16 +135,37 @@ def held() -> list[str]:
     return [f"{package}=={version}" for package, version in versions.items() if version]
 
 
+def on_disk() -> dict[str, str]:
+    """Version of every installed package, from the names of folders alone: in milliseconds."""
+    places = reversed(sys.path)  # the first one wins
+    names = [f.stem for place in places for f in Path(place or ".").glob("*.dist-info")]
+    return {normal(name): version for name, _, version in (n.rpartition("-") for n in names)}
+
+
+@functools.cache
+def at_first() -> tuple[dict[str, str], frozenset[str]]:
+    """Versions of packages, and the modules in memory, at the first call in this process.
+
+    Where a package that Atlas requires is in memory, its version there counts: the one on disk may
+    have been replaced since.
+    """
+    loaded = {normal(package): sys.modules.get(package.partition("[")[0]) for package in floors()}
+    versions = {name: getattr(module, "__version__", None) for name, module in loaded.items()}
+    return on_disk() | {k: v for k, v in versions.items() if v}, frozenset(sys.modules)
+
+
 def refuse_old_modules() -> None:
-    """Raise RuntimeError if a package in memory is older than on disk: the two would mix."""
+    """Raise RuntimeError if a package in memory was replaced on disk: the two would mix."""
+    before, loaded = at_first()
     stale = []
-    for package in floors():
-        name = package.partition("[")[0]
-        loaded = getattr(sys.modules.get(name), "__version__", None)
-        if loaded and numbers(loaded) != numbers(installed(name)):
-            stale.append(f"{name} {loaded}")
+    for package, version in on_disk().items():
+        if numbers(before.get(package, version)) != numbers(version):
+            files = importlib.metadata.files(package) or []
+            paths = (path for file in files for path in (file.parent, file.with_suffix("")))
+            if loaded & {".".join(path.parts) for path in paths}:
+                stale.append(f"{package} {before[package]}")
     if stale:
         raise RuntimeError(
-            f"{', '.join(stale)} had been imported before a newer version was installed: restart "
+            f"{', '.join(stale)} had been imported before another version was installed: restart "
             "the session and run all cells (what was installed stays)."
         )

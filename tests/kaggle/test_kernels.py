@@ -246,7 +246,7 @@ def test_the_payload_cell_needs_nothing_but_python(version, clone, builds, tmp_p
     assert not list((tmp_path / "working").iterdir())
     assert here == child == f"{library}/atlas_lib/__init__.py"
     assert commit == git(clone, "rev-parse", "--short=12", "HEAD").strip()
-    tracked = git(clone, "ls-files", "atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
+    tracked = git(clone, "ls-files", *bundle.PACKED)
     found = [path for path in Path(library).rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {str(path.relative_to(library)) for path in found} == set(tracked.split())
     for path in found:
