@@ -288,7 +288,7 @@ def test_colabs_secrets_of_every_kind(colab, kernels, home):
     tags = [cell.metadata.get("tags", []) for cell in page.cells]
     page.cells = page.cells[: tags.index(["bootstrap"]) + 1]
     code = f"import os\nfrom atlas_lib import session\nfor name in {COLABS}:\n"
-    code += "    os.environ['TWIN_SECRETS'] = name\n    found = session.secret('HF_TOKEN')\n"
+    code += "    os.environ['TWIN_SECRETS'] = name\n    found = session.secret('HF_TOKEN')[0]\n"
     page.cells.append(nbformat.v4.new_code_cell(f"{code}    print(name, '->', found)"))
     nbformat.write(page, home / "secrets.ipynb")
     env = twin.environment(home / "home")
