@@ -11,6 +11,7 @@ import pytest
 import yaml
 from checks import ROOT
 
+from atlas_lib.stages import STAGES
 from tools import publish, website
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -163,11 +164,11 @@ def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
     repository = PROJECT["urls"]["Repository"]
     on_colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
     on_kaggle = f"https://kaggle.com/kernels/welcome?src={repository}"
-    expected = [
-        f"{start}/blob/main/notebooks/{page.name}"
-        for page in sorted((ROOT / "notebooks").glob("0[1-4]*.ipynb"))
-        for start in (on_kaggle, on_colab)
-    ]
+    expected = []
+    for stage, needs in STAGES.items():
+        page = f"blob/main/notebooks/{stage}.ipynb"
+        t4 = "&accelerator=nvidiaTeslaT4" if needs.gpu else ""
+        expected += [f"{on_kaggle}/{page}{t4}", f"{on_colab}/{page}"]
     assert re.findall(r"\[!\[(?:Kaggle|Colab)\]\S+\]\(([^)]+)\)", README) == expected
 
 
