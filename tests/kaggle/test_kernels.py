@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import stub_hub
 import stub_kaggle
 import twin
 from IPython.core.inputtransformer2 import TransformerManager
 from requests.adapters import HTTPAdapter
 
 from atlas_lib import artifacts, bootstrap, session
+from atlas_lib.config import load_config
 from atlas_lib.stages import STAGES
 from tools import kernels, leaks
 from tools.kaggle import bundle, service
@@ -428,12 +431,14 @@ def expected_body(stage: str, alone: bool = False) -> dict:
         "enableGpu": bool(gpu),
         "enableTpu": False,
         "enableInternet": True,
+        "sessionTimeoutSeconds": 180 * 60,
         **({"kernelDataSources": needed} if needed else {}),
         **gpu,
     }
 
 
 def check_body(body: dict, stage: str, alone: bool = False, built: bool = True) -> None:
+    """Pushed by these tools, a version ends after the deadline at Kaggle, too."""
     page = json.loads(body["text"])
     assert page["metadata"]["kernelspec"]["name"] == "python3"
     assert not any(cell.get("outputs") for cell in page["cells"])
@@ -456,7 +461,7 @@ def test_kaggles_own_command_pushes_a_build_and_the_checkout(
     assert "Kernel version 1 successfully pushed" in done.stdout
     assert len(done.stdout.splitlines()) == 1  # no warning of another slug
     [body] = kaggle.bodies("SaveKernel")
-    check_body(body, stage if built else THIRD, alone=not built, built=built)
+    check_body({"sessionTimeoutSeconds": 10800} | body, stage if built else THIRD, not built, built)
 
 
 def test_the_chain_from_nothing(kaggle, builds, here, tmp_path):
@@ -527,6 +532,8 @@ PUSH_ANSWERS = {
     "403 in a good answer": ([{"code": 403, "message": "Denied"}], 3, "(403)", 1),
     "429": ([(429, "", {"Retry-After": "0"})] * ALWAYS, 4, "answers 429", 3),
     "429 once": ([(429, "", {"Retry-After": "1"})], 0, "Retrying in 1 s", 2),
+    "412": ([(412, {"message": "TooManyAssignments"}, {})] * ALWAYS, 4, "no capacity", 3),
+    "412 once": ([(412, "", {})], 0, "pushed as version 1", 2),
     "500": ([(500, "oops", {})] * ALWAYS, 4, "answers 500", 3),
     "503 once": ([(503, "", {})], 0, "answers 503", 2),
     "hung up": ([stub_kaggle.HANG_UP] * ALWAYS, 4, "no connection", 3),
@@ -558,11 +565,28 @@ def test_a_build_that_kaggle_has_is_not_pushed_twice(kaggle, builds, here):
     for _ in range(2):
         here("push", FOURTH, "--alone")
     assert len(kaggle.bodies("SaveKernel")) == 1
-    kaggle.kernels["atlas-04-ifeval-eval"][0].body["kernelDataSources"] = ["bob/other"]
+    [version] = kaggle.kernels["atlas-04-ifeval-eval"]
+    version.body["kernelDataSources"], version.walk = ["bob/other"], ["COMPLETE"]
     here("push", FOURTH, "--alone")
+    kaggle.kernels["atlas-04-ifeval-eval"][1].walk = ["COMPLETE"]
     edit(builds / FOURTH, lambda page: page["metadata"]["atlas"].update(id="another build"))
     here("push", FOURTH, "--alone")
     assert len(kaggle.bodies("SaveKernel")) == 3
+
+
+@pytest.mark.parametrize("state", ["QUEUED", "RUNNING"])
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_version_of_another_build_that_still_runs_is_named(state, behind, kaggle, builds, here):
+    """Both would use up GPU hours; Kaggle may not show the newest version at once."""
+    here("push", FIRST)
+    kaggle.kernels[SLUG][0].walk, kaggle.behind = [state], behind
+    edit(builds / FIRST, lambda page: page["metadata"]["atlas"].update(id="another build"))
+    words = f"{REF}/1 is {state}, and a second one would use up quota, too; wait for it, or stop it"
+    here("push", FIRST, code=2, words=words)
+    here("chain", FIRST, code=2, words=words)
+    assert len(kaggle.bodies("SaveKernel")) == 1
+    kaggle.kernels[SLUG][0].walk = ["CANCEL_ACKNOWLEDGED"]
+    here("push", FIRST, words="pushed as version 2")
 
 
 def test_a_refused_push_forgets_no_earlier_version(kaggle, builds, here):
@@ -869,6 +893,59 @@ def test_a_new_result_replaces_the_old_one(here, tmp_path):
     assert not (tmp_path / "runs" / FIRST / "old").exists()
     assert (tmp_path / "runs" / "notebooks" / "other.ipynb").exists()
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+# --- the adapter, which its kernel cannot push: a push detaches the secrets -----------------------
+
+
+@pytest.fixture
+def train(kaggle, builds, started, tmp_path):
+    """Run notebook 03 of the recipe by a chain, with these variables: (lines, errors, the hub)."""
+    about = {"config": load_config("sft_qwen05b").as_dict()}
+    about["outputs"] = {"adapter/weights": hashlib.sha256(b"weights").hexdigest()}
+
+    def finish_training(slug: str, version: stub_kaggle.Version) -> None:
+        finish(builds, slug, version, **about)
+        version.files[f"{THIRD}/adapter/weights"] = b"weights"
+
+    kaggle.run = finish_training
+    with stub_hub.serve() as hub:
+        # The hub is reached without the proxy, at which the client finds Kaggle.
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+
+        def run(code: int = 0, **more: str) -> tuple[list[str], str]:
+            process = started(THIRD, "--alone", **env | more)
+            out, err = process.communicate()
+            assert process.returncode == code, out + err
+            assert stub_hub.TOKEN not in out + err
+            assert (tmp_path / "runs" / THIRD / "adapter" / "weights").is_file()
+            return out.splitlines(), err
+
+        yield run, hub
+
+
+def test_fetch_prints_the_upload_that_the_kernel_could_not_make(train, tmp_path):
+    run, hub = train
+    *_, told, upload = run()[0]
+    assert told.startswith("Hub: off (no HF_TOKEN)")
+    assert hub.requests == []
+    token = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": stub_hub.TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    subprocess.run(shlex.split(upload), env=token | paths, check=True, capture_output=True)
+    assert hub.files == {"alice/atlas-sft-qwen05b-v2": {"weights": b"weights"}}
+    assert hub.private == {"alice/atlas-sft-qwen05b-v2": True}
+
+
+def test_with_a_token_of_its_own_fetch_makes_the_upload(train):
+    run, hub = train
+    assert run(HF_TOKEN=stub_hub.TOKEN)[0][-1].startswith("Hub: pushed to ")
+    assert hub.files == {"alice/atlas-sft-qwen05b-v2": {"weights": b"weights"}}
+
+
+def test_a_token_that_the_hub_refuses_is_one_sentence_and_the_results_stay(train):
+    run, hub = train
+    hub.plant("bad token")
+    assert "The hub refuses HF_TOKEN" in sentence(run(2, HF_TOKEN=stub_hub.TOKEN)[1])
 
 
 # --- secrets --------------------------------------------------------------------------------------

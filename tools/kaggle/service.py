@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ class Connection:
     api: Any
     retries: int
     poll: float  # seconds between two looks at a kernel, and before the first retry
-    minutes: float  # for a kernel to end, and at most for one request
+    minutes: float  # for a kernel to run, and at most for one request
 
     def ask(self, what: str, function: Callable, *args: Any, absent: Any = None) -> Any:
         """function(*args), repeated while Kaggle is unavailable; `absent` if there is no kernel."""
@@ -101,8 +102,11 @@ class Connection:
             return getattr(client.kernels.kernels_api_client, method)(request)
 
     def save(self, folder: Path, ref: str) -> int:
-        """Push a folder without retrying; returns the number of the new version."""
-        answer = self.api.kernels_push(str(folder))
+        """Push a folder without retrying; returns the number of the new version.
+
+        Kaggle ends it when it has run for `minutes`; otherwise it could use up 12 GPU hours.
+        """
+        answer = self.api.kernels_push(str(folder), timeout=str(math.ceil(self.minutes * 60)))
         message = " ".join((answer.error or "").split())
         for fault in _faults(answer, message, ref):
             busy = BUSY.search(message) and not (QUOTA.search(message) or BROKEN.search(message))
