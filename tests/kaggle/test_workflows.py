@@ -58,6 +58,24 @@ def test_without_a_kaggle_secret_nothing_is_pushed():
         assert ("::notice::" in done.stdout) != bool(token and name)
 
 
+# The first major version that runs on Node 24: GitHub has removed Node 20 from its runners.
+NODE_24 = {"checkout": 5, "setup-python": 6, "upload-artifact": 6, "download-artifact": 7}
+NODE_24 |= {"upload-pages-artifact": 5, "deploy-pages": 5}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_action_needs_a_node_that_is_gone(path):
+    used = re.findall(r"uses: actions/([\w-]+)@v(\d+)", path.read_text("utf-8"))
+    assert [name for name, major in used if int(major) < NODE_24[name]] == []
+
+
+def test_the_job_that_fetches_the_adapter_has_the_token_and_the_client_to_push_it():
+    job = jobs("kaggle_stage.yml")["run"]
+    assert job["env"]["HF_TOKEN"] == "${{ secrets.HF_TOKEN }}"
+    [pip] = [step["run"] for step in job["steps"] if "pip install" in step.get("run", "")]
+    assert "huggingface_hub" in pip
+
+
 def test_what_pushing_needs_is_pinned():
     text = (ROOT / ".github" / "workflows" / "kaggle_stage.yml").read_text("utf-8")
     wanted = re.search("wanted='([^']+)'", text)[1]
