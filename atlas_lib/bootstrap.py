@@ -76,11 +76,10 @@ def installed(package: str) -> str | None:
 
 def missing() -> list[str]:
     """Requirements that are absent or older than their floor, as pip spells them."""
-    versions = {package: (floor, installed(package)) for package, floor in floors().items()}
     return [
         f"{package}>={floor}"
-        for package, (floor, version) in versions.items()
-        if version is None or numbers(version) < numbers(floor)
+        for package, floor in floors().items()
+        if numbers(installed(package) or "") < numbers(floor)
     ]
 
 

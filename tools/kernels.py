@@ -124,16 +124,6 @@ def show_states(args: argparse.Namespace) -> int:
     return errors.KERNEL_FAILED if failed else 0
 
 
-def delete_kernels(args: argparse.Namespace) -> None:
-    """delete the kernels with all their versions"""
-    kaggle = service.connect(args.retries, args.poll, args.deadline)
-    for stage in args.stages:
-        ref = bundle.kernel_metadata(stage)["id"]
-        kaggle.remove(ref)
-        (args.folder / stage / runs.PUSHED).unlink(missing_ok=True)
-        leaks.log(f"{stage}: deleted {ref}")
-
-
 def show_quota(args: argparse.Namespace) -> None:
     """GPU hours that are left this week"""
     kaggle = service.connect(args.retries, args.poll, args.deadline)
@@ -169,7 +159,6 @@ VERBS: dict[str, tuple[Callable, str, list[str]]] = {  # function, number of sta
     "fetch": (fetch_stages, "*", [BUILDS, "--out", *PATIENCE]),
     "chain": (chain_stages, "*", [*PUSH, "--out"]),
     "status": (show_states, "*", [BUILDS, *PATIENCE]),
-    "delete": (delete_kernels, "+", [BUILDS, *PATIENCE]),
     "quota": (show_quota, "", PATIENCE),
 }
 

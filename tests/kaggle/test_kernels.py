@@ -407,7 +407,6 @@ def test_a_dirty_tree_may_be_built_and_says_so_and_outputs_stay_out(restored, tm
         (("build", "05_dpo"), "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit"),
         (("chain", "05_dpo"), "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit"),
         (("push",), "required: STAGE"),
-        (("delete",), "required: STAGE"),
         (("wait", "--set", "a=1"), "unrecognized arguments: --set"),
     ],
 )
@@ -766,16 +765,6 @@ def test_status_shows_each_stage(here):
     first, second, *_ = here("status").splitlines()
     assert first == f"01_data_prep: {REF}/1 QUEUED"
     assert "agaonker/atlas-02-template-audit ABSENT" in second
-
-
-def test_delete(kaggle, builds, here):
-    here("push", FIRST)
-    kaggle.planted["DeleteKernel"] = [{"errorMessage": "Kernel is in use"}]
-    here("delete", FIRST, code=3, words="Kernel is in use")
-    here("delete", FIRST)
-    assert kaggle.kernels == {}
-    assert not (builds / FIRST / "pushed.json").exists()
-    here("delete", FIRST, code=3, words="(404)")
 
 
 # --- killed ---------------------------------------------------------------------------------------

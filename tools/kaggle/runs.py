@@ -173,10 +173,10 @@ def fetch_results(kaggle: Connection, folder: Path, record: dict[str, Any], out:
                 path.replace(target)
     leaks.log(f"{folder.name}: the results of version {record['version']} are in {out}")
     if (out / folder.name / "adapter").is_dir():
-        push_adapter(out / folder.name)
+        upload_adapter(out / folder.name)
 
 
-def push_adapter(folder: Path) -> None:
+def upload_adapter(folder: Path) -> None:
     """Push a fetched adapter to the Hub, or print how to; its kernel had no secrets to do so."""
     config = Config.model_validate(artifacts.read_manifest(folder)["config"])
     adapter = folder / "adapter"

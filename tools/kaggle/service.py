@@ -79,27 +79,17 @@ class Connection:
         """(version, source, attached kernels) of the newest version; (0, "", []) if none."""
 
         def look() -> tuple[int, str, list[str]]:
-            answer = self._kernel_request("get_kernel", "ApiGetKernelRequest", ref)
+            # The whole answer, of which the client's own method hides a part.
+            from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+            request = ApiGetKernelRequest()
+            request.user_name, request.kernel_slug = ref.split("/")
+            with self.api.build_kaggle_client() as client:
+                answer = client.kernels.kernels_api_client.get_kernel(request)
             about = answer.metadata
             return about.current_version_number, answer.blob.source, about.kernel_data_sources
 
         return self.ask(f"look at {ref}", look, absent=(0, "", []))
-
-    def remove(self, ref: str) -> None:
-        """Delete a kernel with all its versions."""
-        request = ("delete_kernel", "ApiDeleteKernelRequest", ref)
-        answer = self.ask(f"delete {ref}", self._kernel_request, *request)
-        if answer is not None and answer.error_message:
-            raise Problem(REFUSED, f"Kaggle did not delete {ref}: {answer.error_message}")
-
-    def _kernel_request(self, method: str, kind: str, ref: str) -> Any:
-        """Kaggle's whole answer, of which the client's own methods hide a part."""
-        from kagglesdk.kernels.types import kernels_api_service
-
-        request = getattr(kernels_api_service, kind)()
-        request.user_name, request.kernel_slug = ref.split("/")
-        with self.api.build_kaggle_client() as client:
-            return getattr(client.kernels.kernels_api_client, method)(request)
 
     def save(self, folder: Path, ref: str) -> int:
         """Push a folder without retrying; returns the number of the new version.
