@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this is one
 FILES = ROOT if (ROOT / "configs").is_dir() else ROOT / "atlas_lib" / "share"
 CONFIGS, NOTEBOOKS, PINS = FILES / "configs", FILES / "notebooks", FILES / "requirements.txt"
 UNTOUCHABLE = ("torch", "numpy")  # upgrading them inside a hosted image breaks other packages
+KERNEL = ("ipykernel", "ipython", "jupyter_client")
 # Hugging Face's libraries read these when they are imported. Progress bars would stay in the
 # notebook as dead widgets, and TRL sends telemetry unless told not to.
 ENVIRONMENT = {
@@ -154,17 +155,26 @@ def at_first() -> tuple[dict[str, str], frozenset[str]]:
 
 
 def refuse_old_modules() -> None:
-    """Raise RuntimeError if a package in memory was replaced on disk: the two would mix."""
+    """Raise RuntimeError if a package in memory was replaced on disk: the two would mix.
+
+    Without what a notebook's kernel requires: that is in memory before any cell, in each session.
+    """
     before, loaded = at_first()
-    stale = []
-    for package, version in on_disk().items():
-        if numbers(before.get(package, version)) != numbers(version):
+    lines = [
+        line
+        for each in KERNEL
+        if installed(each)
+        for line in importlib.metadata.requires(each) or []
+    ]
+    now, stale = on_disk(), []
+    for package in now.keys() & before.keys() - {normal(line) for line in lines}:
+        if numbers(before[package]) != numbers(now[package]):
             files = importlib.metadata.files(package) or []
             paths = (path for file in files for path in (file.parent, file.with_suffix("")))
             if loaded & {".".join(path.parts) for path in paths}:
                 stale.append(f"{package} {before[package]}")
     if stale:
         raise RuntimeError(
-            f"{', '.join(stale)} had been imported before another version was installed: restart "
+            f"{', '.join(sorted(stale))} had been imported before another version was installed: restart "
             "the session and run all cells (what was installed stays)."
         )

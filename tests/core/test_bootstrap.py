@@ -219,6 +219,15 @@ def test_a_package_imported_before_its_upgrade_asks_for_a_restart(package, again
     assert "restart" in last
 
 
+def test_what_every_kernel_imports_is_no_reason_to_restart(machine):
+    """jupyter_client brings dateutil into memory before the first cell, in each new session."""
+    remove(machine, "trl")
+    plant_upgrade(machine, "dateutil")
+    install(machine, "jupyter_client", "7.4.9", "Requires-Dist: dateutil>=2.8.2\n")
+    done = start(machine, "import dateutil; bootstrap.ensure()", KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_package_that_was_replaced_by_the_users_own_pip_asks_for_a_restart(machine):
     install_module(machine, "peft", FLOORS["peft"])
     done = start(machine, "import peft; bootstrap.ensure()", KAGGLE_KERNEL_RUN_TYPE="Batch")
