@@ -175,6 +175,6 @@ def refuse_old_modules() -> None:
                 stale.append(f"{package} {before[package]}")
     if stale:
         raise RuntimeError(
-            f"{', '.join(sorted(stale))} had been imported before another version was installed: restart "
-            "the session and run all cells (what was installed stays)."
+            f"{', '.join(sorted(stale))} had been imported before another version was installed: "
+            "restart the session and run all cells (what was installed stays)."
         )

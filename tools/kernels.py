@@ -147,7 +147,7 @@ OPTIONS: dict[str, dict] = {
     },
     "--retries": {"type": int, "default": 8, "help": "of a request that fails (8)"},
     "--poll": {"type": float, "default": 20, "help": "seconds between two looks (20)"},
-    "--deadline": {"type": float, "default": 180, "help": "minutes for one stage (180)"},
+    "--deadline": {"type": float, "default": 180, "help": "minutes that a stage may take or run (180)"},
 }
 PATIENCE = ["--retries", "--poll", "--deadline"]
 BUILDS = "--out-folder"

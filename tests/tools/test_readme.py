@@ -172,6 +172,15 @@ def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
     assert re.findall(r"\[!\[(?:Kaggle|Colab)\]\S+\]\(([^)]+)\)", README) == expected
 
 
+def test_every_message_that_a_hosted_session_may_end_with_is_in_the_code():
+    section = README.partition("## Run All on Kaggle or Colab")[2].partition("\n## ")[0]
+    quoted = re.findall(r'^\| "([^"]+)"', section, flags=re.M)
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "atlas_lib").glob("*.py"))
+    assert len(quoted) > 4
+    for message in quoted:
+        assert message.replace("HF_TOKEN", "{name}") in sources, message
+
+
 def test_every_link_of_the_texts_leads_somewhere():
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PROSE):
         if path.parent.name == "site":
