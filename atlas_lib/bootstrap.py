@@ -46,7 +46,7 @@ def floors() -> dict[str, str]:
     if pyproject.is_file():
         lines = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
-        lines = importlib.metadata.requires("atlas-sft") or []
+        lines = required_by("atlas-sft")
     found = (re.match(r"([\w.-]+(?:\[\w+\])?)\s*>=\s*([\d.]+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 
@@ -73,6 +73,12 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package.partition("[")[0])
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def required_by(*packages: str) -> list[str]:
+    """The requirements of those packages that are installed, extras included."""
+    lists = [importlib.metadata.requires(each) or [] for each in packages if installed(each)]
+    return [line for lines in lists for line in lines]
 
 
 def missing() -> list[str]:
@@ -129,8 +135,8 @@ def install(wanted: list[str]) -> None:
 
 def held() -> list[str]:
     """torch, numpy and what this torch pins (CUDA libraries, triton), at their versions."""
-    lines = importlib.metadata.requires("torch") or []
-    pinned = [re.match(r"[\w.-]+", line)[0] for line in lines if "==" in line.partition(";")[0]]
+    lines = [line for line in required_by("torch") if "==" in line.partition(";")[0]]
+    pinned = [normal(line) for line in lines]
     versions = {package: installed(package) for package in (*UNTOUCHABLE, *pinned)}
     return [f"{package}=={version}" for package, version in versions.items() if version]
 
@@ -160,14 +166,9 @@ def refuse_old_modules() -> None:
     Without what a notebook's kernel requires: that is in memory before any cell, in each session.
     """
     before, loaded = at_first()
-    lines = [
-        line
-        for each in KERNEL
-        if installed(each)
-        for line in importlib.metadata.requires(each) or []
-    ]
+    kernels = {normal(line) for line in required_by(*KERNEL)}
     now, stale = on_disk(), []
-    for package in now.keys() & before.keys() - {normal(line) for line in lines}:
+    for package in now.keys() & before.keys() - kernels:
         if numbers(before[package]) != numbers(now[package]):
             files = importlib.metadata.files(package) or []
             paths = (path for file in files for path in (file.parent, file.with_suffix("")))
