@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import template
-from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged
+from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.turns import (
     NEXT,
     ONE_ROW_PER_TURN,
@@ -86,8 +86,7 @@ class Verdict(NamedTuple):
         return [
             f"{row.chat[text.message]['role']} {text.key}"
             for row, opinion in zip(self.rows, self.opinions, strict=True)
-            for text in (opinion.dropped if opinion else ())
-            if text.message in row.spans or text.key in ("content", "tool_calls")
+            for text in (missing(row, opinion) if opinion else ())
         ]
 
     def contradictions(self) -> Iterator[dict[str, Any]]:
@@ -215,7 +214,7 @@ class Judge:
         counts = Counter(rows_compared=0, rows_with_another_text=0, responses=0)
         beyond, missing = Counter(), Counter()
         for row in rows:
-            text, spans = mark_by_trl(row, markers[1], self.template)
+            text, spans = self.template.render_marked(row, markers[1])
             if text != row.text:
                 counts["rows_with_another_text"] += 1
                 continue
@@ -234,18 +233,6 @@ def trl_markers(text: str) -> tuple[str, str] | None:
     training = template.trl_training_template(text)
     names = (name for name, each in template.trl_templates().items() if each == training)
     return (next(names), training) if training else None
-
-
-def mark_by_trl(row: Row, markers: str, chat_template: ChatTemplate) -> tuple[str, list[Span]]:
-    """The text that a template with markers renders, and the spans that it marks."""
-    [text], [spans] = render_jinja_template(
-        [row.chat],
-        tools=row.tools,
-        chat_template=markers,
-        return_assistant_tokens_mask=True,
-        **chat_template.variables,
-    )
-    return text, spans
 
 
 def characters(spans: Iterable[Span]) -> set[int]:

@@ -15,7 +15,7 @@ from atlas_lib.loss_mask.sentinels import judged
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
 from tools import npm_tokenizers
-from tools.judge_template import Judge, StandIn, Verdict, mark_by_trl, trl_markers
+from tools.judge_template import Judge, StandIn, Verdict, trl_markers
 
 CONVERSATIONS = 500  # of each family, shared equally by the kinds that its template renders
 OWN = "its own"
@@ -159,7 +159,7 @@ def compare_with_trl(
     """Count the tokens that TRL's markers train beyond the responses of a whole conversation."""
     tokenizer = chat_template.tokenizer
     [row] = tokenise(tokenizer, chat_template, verdict.rows)
-    text, spans = mark_by_trl(row.row, markers, chat_template)
+    text, spans = chat_template.render_marked(row.row, markers)
     if text != row.row.text:
         counts.trl["rows_with_another_text"] += 1
         return

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import artifacts, data, models, stages, template
-from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged
+from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
 
-SHOWN = ("content", "tool_calls")  # texts that every row must show
 AUDIT_ROWS = "sft_template_audit.jsonl"
 PER_ROW = ("n_tokens", "n_supervised", "n_supervised_by_trl", "straddling", "training_rows")
 COUNTED = (
@@ -152,17 +150,10 @@ class Auditor:
 
     def trl_mask(self, row: TokenRow) -> np.ndarray:
         """The mask (n_tokens,) of TRL's own training template; zeros if it renders another text."""
-        texts, spans = [None], [[]]
+        text, spans = None, []
         if self.trl_template:
-            texts, spans = render_jinja_template(
-                [row.row.chat],
-                tools=row.row.tools,
-                chat_template=self.trl_template,
-                return_assistant_tokens_mask=True,
-                **self.template.variables,
-            )
-        same = texts[0] == row.row.text
-        return template.mask_of_spans(spans[0] if same else [], row.offsets)
+            text, spans = self.template.render_marked(row.row, self.trl_template)
+        return template.mask_of_spans(spans if text == row.row.text else [], row.offsets)
 
     def verdict(self, idx, chat, rows, opinions, problem) -> tuple[str, str | None]:
         """One of "ok", "excluded", "dropped" (nothing to learn once truncated), "failed"; why."""
@@ -187,9 +178,9 @@ class Auditor:
         written = len(self.special.findall(row.row.text))
         if written != (tokens := sum(i in self.special_ids for i in row.ids)):
             return f"{tokens} special tokens where the text has {written}"
-        dropped = _dropped(row.row) if opinion is None else _learned(opinion.dropped, row.row)
-        if dropped:
-            return f"the template leaves out {dropped.key} of message {dropped.message}"
+        dropped = missing(row.row, opinion) if opinion else _rewritten(row.row)
+        if text := next(iter(dropped), None):
+            return f"the template leaves out {text.key} of message {text.message}"
         for method, mask in {} if forged else self.references(row, opinion).items():
             wrong = np.flatnonzero(mask != row.mask)
             if wrong.size:
@@ -221,18 +212,12 @@ def with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
     return conversation, None
 
 
-def _dropped(row: Row) -> Leaf | None:
-    """The first trained content that is not in the row, line by line and apart from tags."""
+def _rewritten(row: Row) -> Iterator[Leaf]:
+    """The trained contents that are not in the row, line by line and apart from tags."""
     for message in row.spans:
         content = row.chat[message].get("content") or ""
         if any(piece.strip() not in row.text for piece in re.split(r"\n|</?\w+>", content)):
-            return Leaf(message, "content", content)
-    return None
-
-
-def _learned(dropped: list[Leaf], row: Row) -> Leaf | None:
-    """The first dropped text that the row is to teach or to show; not earlier reasoning."""
-    return next((t for t in dropped if t.message in row.spans or t.key in SHOWN), None)
+            yield Leaf(message, "content", content)
 
 
 def write_audit(folder: Path, rows: Iterable[dict], config: Config) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from atlas_lib.loss_mask.turns import RENDERING_ERRORS, Chat, ChatTemplate, Row, Span
 
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
+SHOWN = ("content", "tool_calls")  # texts that every row must show
 TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 
 
@@ -83,6 +84,11 @@ class Sentinels:
 def judged(row: Row, opinion: Opinion | None) -> bool:
     """Whether the sentinels have found every response that the row trains."""
     return opinion is not None and opinion.spans.keys() == row.spans.keys()
+
+
+def missing(row: Row, opinion: Opinion) -> list[Leaf]:
+    """Texts that the row should teach or show and does not; earlier reasoning may be left out."""
+    return [t for t in opinion.dropped if t.message in row.spans or t.key in SHOWN]
 
 
 def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:

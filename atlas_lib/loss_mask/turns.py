@@ -214,6 +214,17 @@ class ChatTemplate:
             for turn in (turns[-1:] if whole else turns)
         ]
 
+    def render_marked(self, row: Row, markers: str) -> tuple[str, list[Span]]:
+        """What the template `markers` renders of a row's chat, and the spans that it marks."""
+        [text], [spans] = render_jinja_template(
+            [row.chat],
+            tools=row.tools,
+            chat_template=markers,
+            return_assistant_tokens_mask=True,
+            **self.variables,
+        )
+        return text, spans
+
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[np.ndarray]]:
         """Ids of each text, and offsets (n_tokens, 2) in characters."""
         out = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
