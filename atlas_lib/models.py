@@ -1,6 +1,7 @@
 """Load the tokenizer and the base model (full precision or NF4), at pinned revisions."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -20,7 +21,7 @@ def load_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     if config.model.chat_template:
         tokenizer.chat_template = template.read_template(config.model.chat_template)
     for name, value in config.model.chat_template_kwargs.items():  # holds for every later reader
-        setting = f"{{%- set {name} = {value!r} %}}"
+        setting = f"{{%- set {name} = {json.dumps(value)} %}}"
         tokenizer.chat_template = setting + (tokenizer.chat_template or "")
     tokenizer.eos_token = config.model.eos_token or tokenizer.eos_token
     tokenizer.pad_token = config.model.pad_token or tokenizer.pad_token

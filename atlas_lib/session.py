@@ -1,6 +1,7 @@
 """The session: OUT, secrets, and the provenance of what is made in it."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -8,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from atlas_lib.bootstrap import ROOT, installed, platform_name
 
 NESTED = "ATLAS_NESTED"  # set in a notebook that another process runs: Colab would not answer it
 KAGGLE = Path(os.environ.get("ATLAS_KAGGLE", "/kaggle"))  # elsewhere only in tests
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+PAUSE_SECONDS = 2.0  # before a secrets service that did not answer is asked again
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 PACKAGES += ("lm_eval",)  # their versions decide a result
 LOCK = ".lock"  # in OUT; its holder, tools.run, writes there who it is
@@ -29,6 +33,8 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     default = home / "runs" / "-".join(filter(None, (config_name, overlay)))
     folder = Path(out) if out else KAGGLE / "working" if platform_name() == "kaggle" else default
     try:
+        if DRIVE in folder.parents and not DRIVE.is_mount():  # a folder there would be lost
+            raise OSError(errno.ENODEV, "Drive is not mounted")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # has no name that a kill could leave behind
     except OSError as error:
@@ -92,25 +98,40 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def secret(name: str) -> str | None:
-    """A secret from the environment, Kaggle or Colab; None if it is not set."""
+def secret(name: str) -> tuple[str | None, str]:
+    """A secret from the environment, Kaggle or Colab; or None, and why there is none.
+
+    A service that does not answer is asked twice.
+    """
+    absent = f"no {name}"
     if os.environ.get(name) or NESTED in os.environ:
-        return os.environ.get(name) or None
-    # Each platform has its own exceptions for an absent secret, and an absent one is no error here.
-    with contextlib.suppress(Exception):
-        if platform_name() == "kaggle":
-            from kaggle_secrets import UserSecretsClient
+        return os.environ.get(name) or None, absent
+    for pause in (PAUSE_SECONDS, 0):
+        try:
+            return platform_secret(name) or None, absent
+        except Exception as error:  # each platform has its own for an absent secret
+            if not isinstance(error, OSError) and type(error).__name__ != "TimeoutException":
+                return None, absent
+            reason = f"{name} cannot be read: {type(error).__name__}: {error}"
+        time.sleep(pause)
+    return None, reason
 
-            return UserSecretsClient().get_secret(name) or None
-        if platform_name() == "colab":
-            from google.colab import userdata
 
-            return userdata.get(name) or None
+def platform_secret(name: str) -> str | None:
+    """A secret of the platform. Raises whatever its client raises."""
+    if platform_name() == "kaggle":
+        from kaggle_secrets import UserSecretsClient
+
+        return UserSecretsClient().get_secret(name)
+    if platform_name() == "colab":
+        from google.colab import userdata
+
+        return userdata.get(name)
     return None
 
 
 def export_secrets() -> None:
     """Put the tokens into the environment, for huggingface_hub and for child processes."""
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
-        if value := secret(name):
+        if value := secret(name)[0]:
             os.environ[name] = value

@@ -83,6 +83,11 @@ def trl_training_template(text: str) -> str | None:
     return next((shipped[f"{n}_training"] for n in names if f"{n}_training" in shipped), None)
 
 
+def marked_for_trl(text: str) -> str | None:
+    """The template from whose markers TRL would train; None where it raises ValueError."""
+    return trl_training_template(text) or (text if _MARKER.search(text) else None)
+
+
 def choose_supervision(tokenizer: Any) -> str:
     """Mark Qwen2.5's template and leave others alone; how rows are trained, in one sentence."""
     try:

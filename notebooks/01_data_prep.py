@@ -1,5 +1,8 @@
 # ---
 # jupyter:
+#   kaggle:
+#     accelerator: none
+#     isInternetEnabled: true
 #   jupytext:
 #     formats: ipynb,py:percent
 #     text_representation:

@@ -1,5 +1,8 @@
 # ---
 # jupyter:
+#   kaggle:
+#     accelerator: none
+#     isInternetEnabled: true
 #   jupytext:
 #     formats: ipynb,py:percent
 #     text_representation:
@@ -95,7 +98,7 @@ conversations = data.read_subset(source)
 tokenizer = models.load_tokenizer(config)
 chat_template = ChatTemplate(tokenizer)
 first = chat_template.turns(conversations[0])[0]
-print("stop", chat_template.stops, "· the prompt ends with", repr(chat_template.header))
+print("stop", chat_template.ending.stop, "· the prompt ends with", repr(chat_template.header))
 print("prompt  ", repr(first.prompt[-60:]))
 print("emission", repr(first.emission[:60]), "...", repr(first.emission[-30:]))
 print(first.status, "=", STATUS[first.status])

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#   kaggle:
+#     accelerator: nvidiaTeslaT4
+#     isInternetEnabled: true
 #   jupytext:
 #     formats: ipynb,py:percent
 #     text_representation:

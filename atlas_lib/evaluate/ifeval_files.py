@@ -18,7 +18,6 @@ from atlas_lib.evaluate import checkers
 from atlas_lib.schema import Section
 
 VERDICTS_NAME = "verdicts.jsonl"
-PROMPT_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
 VERDICT_FIELDS = {"key", "instruction_id_list", "strict", "prompt_strict"}
 
 
@@ -67,7 +66,7 @@ def _scorable(row: dict, known: dict[str, type]) -> dict:
     """The prompt without kwargs that are None, with which the hub pads them. Raises."""
     for problem in _prompt_problems(row, known):
         raise ValueError(f"{problem}.")
-    prompt = {name: row[name] for name in PROMPT_FIELDS}
+    prompt = {name: row[name] for name in checkers.PROMPT_FIELDS}
     prompt["kwargs"] = [_given(kwargs) for kwargs in row["kwargs"]]
     checkers.followed(prompt, ".")
     return prompt
@@ -79,8 +78,8 @@ def _given(kwargs: dict | None) -> dict:
 
 def _prompt_problems(row: Any, known: dict[str, type]) -> Iterator[str]:
     """What is wrong with a row; a check may rely on those before it."""
-    if not isinstance(row, dict) or not row.keys() >= set(PROMPT_FIELDS):
-        yield f"it needs {', '.join(PROMPT_FIELDS)}"
+    if not isinstance(row, dict) or not row.keys() >= set(checkers.PROMPT_FIELDS):
+        yield f"it needs {', '.join(checkers.PROMPT_FIELDS)}"
     ids, text = row["instruction_id_list"], row["prompt"]
     if not (text and isinstance(text, str) and ids and len(ids) == len(row["kwargs"])):
         yield "it needs a text, and instructions with as many kwargs"

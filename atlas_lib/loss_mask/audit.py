@@ -1,6 +1,7 @@
 """The audit of every row: which tokens the loss will see, recorded before weights are loaded."""
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,15 +12,13 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib import artifacts, data, models, stages, template
-from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels
+from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
 
-SHOWN = ("content", "tool_calls")  # texts that every row must show
 AUDIT_ROWS = "sft_template_audit.jsonl"
 PER_ROW = ("n_tokens", "n_supervised", "n_supervised_by_trl", "straddling", "training_rows")
 COUNTED = (
@@ -40,9 +39,9 @@ def audit_rows(
     makes the mask from the markers; otherwise training rows are made by prefixes. Prefixes,
     sentinels and (with markers) the grammar of ChatML must agree on every token.
     """
-    if tokenizer.eos_token not in chat_template.stops:
+    if tokenizer.eos_token != chat_template.ending.stop:
         raise ValueError(
-            f"Responses end with {chat_template.stops[0]!r}, but the tokenizer's eos token is "
+            f"Responses end with {chat_template.ending.stop!r}, but the tokenizer's eos token is "
             f"{tokenizer.eos_token!r}, at which decoding stops: set model.eos_token."
         )
     auditor = Auditor(tokenizer, chat_template, config)
@@ -58,7 +57,7 @@ class Auditor:
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.tokenizer, self.template, self.config = tokenizer, chat_template, config
         self.marked = tokenizer.chat_template != chat_template.text
-        self.trl_template = template.trl_training_template(chat_template.text)
+        self.trl_template = template.marked_for_trl(chat_template.text)
         self.sentinels = Sentinels(chat_template)
         self.limit = config.train.max_length or sys.maxsize  # None: TRL truncates nothing
         self.special = chat_template.special
@@ -132,7 +131,9 @@ class Auditor:
                 for first, end in row.ranges
             ],
             "turn_status": [turn.status for turn in turns],
-            "judged_by_prefixes_alone": sum(opinion is None for opinion in opinions),
+            "judged_by_prefixes_alone": sum(
+                not judged(row.row, opinion) for row, opinion in zip(rows, opinions, strict=True)
+            ),
             "straddling": sum(row.straddling() for row in rows),
             "input_ids_head": ids,
             "assistant_mask_head": mask.astype(int).tolist(),
@@ -149,17 +150,10 @@ class Auditor:
 
     def trl_mask(self, row: TokenRow) -> np.ndarray:
         """The mask (n_tokens,) of TRL's own training template; zeros if it renders another text."""
-        texts, spans = [None], [[]]
+        text, spans = None, []
         if self.trl_template:
-            texts, spans = render_jinja_template(
-                [row.row.chat],
-                tools=row.row.tools,
-                chat_template=self.trl_template,
-                return_assistant_tokens_mask=True,
-                **self.template.variables,
-            )
-        same = texts[0] == row.row.text
-        return template.mask_of_spans(spans[0] if same else [], row.offsets)
+            text, spans = self.template.render_marked(row.row, self.trl_template)
+        return template.mask_of_spans(spans if text == row.row.text else [], row.offsets)
 
     def verdict(self, idx, chat, rows, opinions, problem) -> tuple[str, str | None]:
         """One of "ok", "excluded", "dropped" (nothing to learn once truncated), "failed"; why."""
@@ -184,8 +178,9 @@ class Auditor:
         written = len(self.special.findall(row.row.text))
         if written != (tokens := sum(i in self.special_ids for i in row.ids)):
             return f"{tokens} special tokens where the text has {written}"
-        if opinion and (dropped := _learned(opinion.dropped, row.row)):
-            return f"the template leaves out {dropped.key} of message {dropped.message}"
+        dropped = missing(row.row, opinion) if opinion else _rewritten(row.row)
+        if text := next(iter(dropped), None):
+            return f"the template leaves out {text.key} of message {text.message}"
         for method, mask in {} if forged else self.references(row, opinion).items():
             wrong = np.flatnonzero(mask != row.mask)
             if wrong.size:
@@ -199,7 +194,7 @@ class Auditor:
 
     def references(self, row: TokenRow, opinion: Opinion | None) -> dict[str, np.ndarray]:
         """The masks of the independent methods that can judge this row."""
-        spans = {"sentinels": opinion.spans.values()} if opinion else {}
+        spans = {"sentinels": opinion.spans.values()} if judged(row.row, opinion) else {}
         if self.marked:
             spans["the grammar of ChatML"] = template.assistant_spans(row.row.text)
         added = np.isin(row.ids, self.template.added_ids)
@@ -217,9 +212,12 @@ def with_tools(conversation: Chat | dict) -> tuple[Chat, list[dict] | None]:
     return conversation, None
 
 
-def _learned(dropped: list[Leaf], row: Row) -> Leaf | None:
-    """The first dropped text that the row is to teach or to show; not earlier reasoning."""
-    return next((t for t in dropped if t.message in row.spans or t.key in SHOWN), None)
+def _rewritten(row: Row) -> Iterator[Leaf]:
+    """The trained contents that are not in the row, line by line and apart from tags."""
+    for message in row.spans:
+        content = row.chat[message].get("content") or ""
+        if any(piece.strip() not in row.text for piece in re.split(r"\n|</?\w+>", content)):
+            yield Leaf(message, "content", content)
 
 
 def write_audit(folder: Path, rows: Iterable[dict], config: Config) -> dict[str, Any]:

@@ -7,7 +7,9 @@ python -m atlas_lib.audit sft_qwen05b --overlay offline    # notebook 02 without
 
 import argparse
 import json
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,17 @@ def main() -> None:
     parser.add_argument("--overlay", default="", help="of a config")
     parser.add_argument("--out", default="", help="of a config")
     args = parser.parse_args()
-    if bool(args.config) == bool(args.tokenizer and args.data):
-        parser.error("give --tokenizer and --data, or a config")
+    of_files = (args.tokenizer, args.data, args.max_length, args.template, args.labels)
+    of_files += (args.json, args.html)
+    if bool(args.config) == bool(args.tokenizer and args.data) or (args.config and any(of_files)):
+        parser.error("give --tokenizer and --data with their options, or a config with its own")
     try:
         status = audit_config(args) if args.config else audit_file(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        status = BAD_INPUT
+    except Exception:  # a defect of this command: neither exact nor a finding
+        traceback.print_exc()
         status = BAD_INPUT
     raise SystemExit(status)
 
@@ -63,51 +70,75 @@ def audit_file(args: argparse.Namespace) -> int:
     overrides |= {"train.max_length": args.max_length, "model.chat_template": args.template}
     config = load_config("sft_qwen05b", "", overrides)
     tokenizer = models.tokenizer_of(args.tokenizer, None, config)
+    outputs = [path.resolve() for path in (args.json, args.html) if path]
+    if {Path(args.data).resolve(), args.labels and args.labels.resolve()} & set(outputs):
+        raise ValueError("--json and --html would overwrite an input; name another file.")
     variables = parse_assignments(args.set)
     if args.template:
         tokenizer.chat_template = template.read_template(args.template)
-    chat_template = ChatTemplate(tokenizer, **variables)
-    print(template.choose_supervision(tokenizer))
+    chat_template = ChatTemplate(tokenizer, None, variables)
+    for name in variables:
+        if not re.search(rf"\b{re.escape(name)}\b", chat_template.text):
+            raise ValueError(f"The chat template has no variable {name!r}; check --set.")
     conversations = read_conversations(args.data)
     auditor = audit.Auditor(tokenizer, chat_template, config)
     found = report.examine(auditor, conversations, generation_stops(args.tokenizer, tokenizer))
     if args.labels:
-        found.findings += report.judge_labels(auditor, conversations, read_rows(args.labels))
+        found.findings += report.judge_labels(auditor, conversations, read_labels(args.labels))
     print(*found.lines(), sep="\n")
-    print("EXACT" if not found.findings else "NOT EXACT")
     if args.json:
-        artifacts.write_json(args.json, vars(found))
+        artifacts.write_json(args.json, {"exact": not found.findings, **vars(found)})
     if args.html:
         page.write_page(args.html, auditor, conversations)
     return FINDINGS if found.findings else EXACT
 
 
-def generation_stops(name: str, tokenizer: Any) -> list[str]:
-    """The tokens at which generation stops: the tokenizer's eos, and the generation config's."""
+def generation_stops(name: str, tokenizer: Any) -> tuple[list[str], str]:
+    """The tokens at which generation stops, and where they stand."""
     from transformers import GenerationConfig
 
     try:
         found = GenerationConfig.from_pretrained(sources.locate(name) or name).eos_token_id or []
     except (OSError, ValueError):
-        found = []
-    ids = [tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])]
-    return tokenizer.convert_ids_to_tokens([i for i in dict.fromkeys(ids) if i is not None])
+        return [str(tokenizer.eos_token)], "the tokenizer's eos token; no generation_config.json"
+    ids = found if isinstance(found, list) else [found]
+    return tokenizer.convert_ids_to_tokens(ids), "generation_config.json"
 
 
 def read_conversations(name: str) -> list[dict]:
     """Rows with `messages` (and `tools`) of a local file or a dataset of the hub, checked."""
     rows = read_rows(path) if (path := sources.locate(name)) else _rows_of_hub(name)
-    if rows and "messages" not in rows[0]:
-        raise ValueError(f"{name} has no column `messages`, only {', '.join(rows[0])}; rename one.")
     for number, row in enumerate(rows):
+        if "messages" not in row:
+            raise ValueError(
+                f"{name}, row {number} (from 0) has no `messages`, only {', '.join(row)}."
+            )
         if problem := _problem(row["messages"]):
             raise ValueError(f"{name}, row {number} (from 0): {problem}.")
+    if not rows:
+        raise ValueError(f"{name} holds no conversations.")
+    return rows
+
+
+def read_labels(path: Path) -> list[dict]:
+    """Rows with `input_ids` and `labels`, as lists of integers."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows):
+        lists = [row.get(key) for key in ("input_ids", "labels")]
+        if not all(isinstance(x, list) and all(type(i) is int for i in x) for x in lists):
+            raise ValueError(
+                f"{path}, row {number} (from 0) needs input_ids and labels, two lists of integers."
+            )
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
     return rows
 
 
 def _rows_of_hub(name: str) -> list[dict]:
     from datasets import load_dataset
 
+    if name.endswith((".jsonl", ".parquet")):
+        raise FileNotFoundError(f"{name} does not exist.")
     sources.check_hub(name, None, "dataset")
     return load_dataset(name, split="train").to_list()
 
@@ -129,6 +160,9 @@ def _problem(messages: Any) -> str | None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {index} is not an object with a role"
+        for call in message.get("tool_calls") or []:
+            if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+                return f"message {index} has a tool call without a function"
         content = message.get("content")
         if not isinstance(content, str) and not message.get("tool_calls"):
             kind = "a list of parts" if isinstance(content, list) else type(content).__name__

@@ -28,7 +28,7 @@ def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
                 for row, opinion in pairs
             ]
             (failed if record["verdict"] == "failed" else others).append(shown)
-    data = json.dumps([*failed, *others][:ROWS], ensure_ascii=False).replace("</", "<\\/")
+    data = json.dumps([*failed, *others][:ROWS], ensure_ascii=False).replace("<", "\\u003c")
     template = jinja2.Template(PAGE.read_text("utf-8"), autoescape=True)
     artifacts.write_lines(path, [template.render(data=data, name=path.stem)])
 
@@ -36,6 +36,8 @@ def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
 def _as_tokens(row: TokenRow, masks: dict[str, np.ndarray], auditor: Auditor) -> dict:
     """{"tokens": text of each token, "masks": {method: one 0 or 1 per token}}."""
     ends = [0, *np.maximum.accumulate(row.offsets[:, 1]).tolist()]
+    if not auditor.marked:
+        del masks["prefixes"]  # the rows are trained from them
     masks |= {"TRL's template": auditor.trl_mask(row)} if auditor.trl_template else {}
     return {
         "tokens": [row.row.text[start:end] for start, end in pairwise(ends)],

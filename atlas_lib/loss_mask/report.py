@@ -23,6 +23,7 @@ class Report:
 
     stops: tuple[str, ...]
     generation_stops: list[str]
+    stops_source: str  # where generation_stops stand
     trl: bool  # whether TRL has a training template for this one
     counts: Counter = field(default_factory=Counter)
     status: Counter = field(default_factory=Counter)
@@ -39,40 +40,51 @@ class Report:
             f"{count['rows']:,} conversations, {count['turns']:,} responses; "
             f"{count['n_supervised']:,} of {count['n_tokens']:,} tokens are learned ({share:.0%})"
         )
-        stops = ", ".join(map(repr, self.stops))
-        yield f"responses end with {stops}; generation stops at {', '.join(self.generation_stops)}"
+        stops, ends = (", ".join(map(repr, s)) for s in (self.stops, self.generation_stops))
+        yield f"responses end with {stops}; generation stops at {ends} ({self.stops_source})"
         for status, number in self.status.most_common():
-            yield f"{status}: {number:,} responses, {self.example[status]}: {STATUS[status]}"
+            where = f"first in {self.example[status]}"
+            yield f"responses of status {status!r}: {number:,}, {where}: {STATUS[status]}"
         rows = f"training rows: {count['training_rows']:,}"
         if alone := count["rows_of_one_turn"]:
             rows += f", {alone:,} of them with one response, as the template rewrites earlier turns"
         yield rows
-        judged = count["training_rows"] - count["judged_by_prefixes_alone"]
-        yield f"second method (sentinels): judged {judged:,} of {count['training_rows']:,} rows"
+        alone = count["judged_by_prefixes_alone"]
+        yield f"rows on which two methods agree: {count['training_rows'] - alone:,}" + (
+            f"; {alone:,} could be judged by prefixes alone, as the template looks into texts"
+            if alone
+            else ""
+        )
         if self.dropped:
             fields = ", ".join(f"{name} ({number:,})" for name, number in self.dropped.items())
             yield f"texts that the template leaves out: {fields}"
         if count["turns_cut"]:
-            yield f"{count['turns_cut']:,} responses lose their end to --max-length"
+            yield f"responses that lose their end to --max-length: {count['turns_cut']:,}"
         yield self.trl_line()
         yield from (f"FINDING {finding}" for finding in self.findings[:SHOWN_FINDINGS])
         if (more := len(self.findings) - SHOWN_FINDINGS) > 0:
             yield f"... and {more:,} more"
-        yield from self.advice
+        yield from (f"ADVICE {sentence}" for sentence in self.advice)
+        yield "NOT EXACT" if self.findings else "EXACT"
 
     def trl_line(self) -> str:
         """What TRL's assistant_only_loss would do with these conversations."""
         if not self.trl:
             return "TRL's assistant_only_loss: no training template for this one, raises ValueError"
-        if not self.counts["trl_rows"]:
-            return "TRL's assistant_only_loss: its training template rewrites the text of all rows"
+        if not (rows := self.counts["trl_rows"]):
+            return "TRL's assistant_only_loss: renders no row as it is here, so nothing to compare"
         more, fewer = self.counts["trl_extra"], self.counts["trl_missing"]
-        return f"TRL's assistant_only_loss: {more:,} tokens too many, {fewer:,} too few"
+        found = f"{more:,} tokens too many, {fewer:,} too few"
+        return f"TRL's assistant_only_loss: {found} in the {rows:,} rows that it renders alike"
 
 
-def examine(auditor: Auditor, conversations: Sequence, generation_stops: list[str]) -> Report:
+def examine(
+    auditor: Auditor, conversations: Sequence, generation_stops: tuple[list[str], str]
+) -> Report:
     """Audit `conversations` and say what to do about the findings."""
-    report = Report(auditor.template.stops, generation_stops, auditor.trl_template is not None)
+    endings = (auditor.template.ending, auditor.template.call_ending)
+    stops = tuple(dict.fromkeys(ending.stop for ending in endings))
+    report = Report(stops, *generation_stops, auditor.trl_template is not None)
     for record, rows, opinions in auditor.judge(conversations):
         where = f"row {record['idx']}"
         report.counts.update(_counts(record, rows, auditor))
@@ -90,10 +102,12 @@ def examine(auditor: Auditor, conversations: Sequence, generation_stops: list[st
 
 
 def _counts(record: dict, rows: list[TokenRow], auditor: Auditor) -> dict[str, int]:
+    limit = auditor.limit
     comparable = rows if auditor.trl_template and len(rows) == 1 else []
-    pairs = [(row.mask, auditor.trl_mask(row)) for row in comparable]
+    pairs = [(row.mask[:limit], auditor.trl_mask(row)[:limit]) for row in comparable]
     return {
         "rows": 1,
+        "n_tokens": sum(min(len(row.ids), limit) for row in rows),
         "turns": len(record["turn_status"]),
         "turns_cut": sum(turn["cut"] for turn in record["turns"]),
         "rows_of_one_turn": len(rows) if len(rows) > 1 else 0,
@@ -101,10 +115,7 @@ def _counts(record: dict, rows: list[TokenRow], auditor: Auditor) -> dict[str, i
         "trl_extra": sum(int((theirs & ~ours).sum()) for ours, theirs in pairs),
         "trl_missing": sum(int((ours & ~theirs).sum()) for ours, theirs in pairs if theirs.any()),
         f"rows_{record['verdict']}": 1,
-    } | {
-        key: record[key]
-        for key in ("n_tokens", "n_supervised", "training_rows", "judged_by_prefixes_alone")
-    }
+    } | {key: record[key] for key in ("n_supervised", "training_rows", "judged_by_prefixes_alone")}
 
 
 def _advice(report: Report) -> Iterator[str]:
@@ -121,11 +132,14 @@ def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
     chat, tools = with_tools(conversation)
     for name, value in product(SWITCHES, (False, True)):
         variables = chat_template.variables | {name: value}
-        other = ChatTemplate(chat_template.tokenizer, chat_template.text, **variables)
+        other = ChatTemplate(chat_template.tokenizer, chat_template.text, variables)
         if not any(turn.status == "prompt" for turn in other.turns(chat, tools)):
             yield f"--set {name}={str(value).lower()} makes the prompt the beginning of the row."
             return
-    yield "No known variable of the template mends that; try another one with --template."
+    yield (
+        "No row can show what inference shows: are there two responses in a row? Otherwise try "
+        "another --template."
+    )
 
 
 def judge_labels(
@@ -140,11 +154,17 @@ def judge_labels(
         for _, rows, _ in auditor.judge(conversations)
         for row in rows
     }
+    matched: Counter = Counter()
     for number, given in enumerate(labelled):
         ids, labels = tuple(given["input_ids"]), np.asarray(given["labels"])
         row = expected.get(ids)
+        matched[ids] += row is not None
         if problem := _unmatched(ids, expected) if row is None else _wrong(labels, row, auditor):
             yield f"labels row {number}: {problem}"
+    if missing := len(expected) - sum(times > 0 for times in matched.values()):
+        yield f"{missing:,} of {len(expected):,} training rows have no row of labels"
+    if repeated := sum(times > 1 for times in matched.values()):
+        yield f"{repeated:,} training rows have several rows of labels"
 
 
 def _unmatched(ids: tuple[int, ...], expected: Iterable[tuple[int, ...]]) -> str:

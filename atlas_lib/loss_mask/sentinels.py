@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from atlas_lib.loss_mask.turns import RENDERING_ERRORS, Chat, ChatTemplate, Row, Span
 
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
+SHOWN = ("content", "tool_calls")  # texts that every row must show
 TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
 
 
@@ -26,7 +27,7 @@ class Leaf(NamedTuple):
 
 
 class Opinion(NamedTuple):
-    """{message: span of its response}, and the texts that the template leaves out."""
+    """{message: span of its response} where it was found, and texts that are left out."""
 
     spans: dict[int, Span]
     dropped: list[Leaf]
@@ -50,10 +51,12 @@ class Sentinels:
         found = _put_back(literals, [texts[number].text for number in present], row.text)
         if found is None:
             return None
-        places = [(texts[number], *span) for number, span in zip(present, found, strict=True)]
-        spans = {message: self._span(message, places, row.text) for message in row.spans}
+        spans_of = dict(zip(reversed(present), reversed(found), strict=True))  # the first of each
+        places = [(texts[number], *span) for number, span in spans_of.items()]
+        found_spans = {message: self._span(message, places, row) for message in row.spans}
+        spans = {message: span for message, span in found_spans.items() if span}
         dropped = [t for number, t in enumerate(texts) if t.text and number not in present]
-        return None if None in spans.values() else Opinion(spans, dropped)
+        return Opinion(spans, dropped)
 
     def _skeleton(self, marked: Chat, tools: list[dict] | None) -> str | None:
         shape = json.dumps([marked, tools])
@@ -64,15 +67,28 @@ class Sentinels:
                 self._skeletons[shape] = None
         return self._skeletons[shape]
 
-    def _span(self, message: int, places: list[tuple[Leaf, int, int]], text: str) -> Span | None:
-        own = [(start, end) for place, start, end in places if place.message == message]
+    def _span(self, message: int, places: list[tuple[Leaf, int, int]], row: Row) -> Span | None:
+        own = [place[1:] for place in places if place[0].message == message]
         if not own:
             return None
         before = max((end for place, _, end in places if place.message < message), default=0)
-        header = text.rfind(self.template.header, before, own[0][0])
-        ends = [(text.find(stop, own[-1][1]), len(stop)) for stop in self.template.stops]
-        end = min((at + length for at, length in ends if at >= 0), default=-1)
-        return None if min(header, end) < 0 else (header + len(self.template.header), end)
+        first, last = min(start for start, _ in own), max(end for _, end in own)
+        header = row.text.rfind(self.template.header, before, first)
+        stop = self.template.ending_of(row.chat[message]).stop
+        end = row.text.find(stop, last)
+        if min(header, end) < 0:
+            return None
+        return header + len(self.template.header), end + len(stop)
+
+
+def judged(row: Row, opinion: Opinion | None) -> bool:
+    """Whether the sentinels have found every response that the row trains."""
+    return opinion is not None and opinion.spans.keys() == row.spans.keys()
+
+
+def missing(row: Row, opinion: Opinion) -> list[Leaf]:
+    """Texts that the row should teach or show and does not; earlier reasoning may be left out."""
+    return [t for t in opinion.dropped if t.message in row.spans or t.key in SHOWN]
 
 
 def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:
@@ -93,7 +109,8 @@ def mark(chat: Chat) -> tuple[Chat, list[Leaf]]:
     for index, message in enumerate(chat):
         copy = dict(message)
         for key in (key for key in TEXTS if key in message):
-            copy[key] = replace(message[key], index, key)
+            if message[key] or not message.get("tool_calls"):  # templates ask for empty contents
+                copy[key] = replace(message[key], index, key)
         if calls := message.get("tool_calls"):
             functions = [replace(call["function"], index, "tool_calls") for call in calls]
             pairs = zip(calls, functions, strict=True)

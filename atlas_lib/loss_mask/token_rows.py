@@ -43,9 +43,11 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, rows: Sequence[Row]
 ) -> Iterator[TokenRow]:
     """The rows as tokens; with markers in the tokenizer's template, as transformers makes them."""
+    if not rows:
+        return
     texts, chats = [row.text for row in rows], [row.chat for row in rows]
     masks: Iterable = [None] * len(rows)
-    if rows and tokenizer.chat_template != chat_template.text:
+    if tokenizer.chat_template != chat_template.text:
         texts = tokenizer.apply_chat_template(chats, tokenize=False)
         out = tokenizer.apply_chat_template(
             chats,

@@ -9,9 +9,10 @@ after the last response carry no loss and are left out of F.
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Chat = list[dict[str, Any]]
 Span = tuple[int, int]
-RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+RENDERING_ERRORS += (AttributeError,)
 USER, RESPONSE, NEXT = "\ue010", "\ue011", "\ue012"  # contents of the probes, in no template
 ANSWER = {"role": "assistant", "content": RESPONSE}
 STATUS = {
@@ -45,6 +47,16 @@ class Turn:
     status: str
 
 
+class Ending(NamedTuple):
+    """The stop token of a response, and the text that follows it in the last turn.
+
+    `after` is None if only the next message ends a response.
+    """
+
+    stop: str
+    after: str | None
+
+
 class Row(NamedTuple):
     """One training row: a chat, its text, and {index of a message: span of characters to learn}."""
 
@@ -61,18 +73,25 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, **variables: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.tokenizer = tokenizer
-        self.variables = tokenizer.special_tokens_map | variables
+        self.variables = tokenizer.special_tokens_map | dict(variables)
         self.text = text or tokenizer.chat_template
         if not isinstance(self.text, str):
-            raise ValueError("The tokenizer has no chat template; name one: model.chat_template.")
+            raise ValueError(
+                "The tokenizer has no chat template, or several; name one with --template or, in a "
+                "config, with model.chat_template."
+            )
         added = tokenizer.added_tokens_decoder
         self.added_ids = np.fromiter(added, dtype=np.int64)
         self.added = any_of(token.content for token in added.values())
         self.special = any_of(token.content for token in added.values() if token.special)
-        self.stops, self.header = self._probe_stops(), self._probe_header()
+        self.ending, self.header = self._probe_ending(), self._probe_header()
+        self.call_ending = self._probe_call_ending()
         self._tokens_of: dict[str, list[int]] = {}
 
     def render(
@@ -80,7 +99,7 @@ class ChatTemplate:
     ) -> list[str]:
         """The text of each chat, with the generation prompt if `prompt`."""
         texts, _ = render_jinja_template(
-            list(chats),
+            [[_given(message) for message in chat] for chat in chats],
             tools=tools,
             chat_template=self.text,
             add_generation_prompt=prompt,
@@ -95,20 +114,43 @@ class ChatTemplate:
         except RENDERING_ERRORS as error:
             raise ValueError(f"The chat template does not render a plain chat: {error}.") from None
 
-    def _probe_stops(self) -> tuple[str, ...]:
-        """The special tokens that end a response, and those that end a tool call if they differ."""
-        tails = self._tails(ANSWER, {"role": "user", "content": NEXT})
-        stops = self._closing(tails) or self.special.findall(tails[1])[:1]
-        if not stops:
-            raise ValueError("The chat template ends responses with no special token.")
+    def _probe_ending(self) -> Ending:
+        """How a response ends."""
+        if found := self._ending(ANSWER, {"role": "user", "content": NEXT}):
+            return found
+        raise ValueError("The chat template ends responses with no special token.")
+
+    def _probe_call_ending(self) -> Ending:
+        """How a tool call ends: often as any response does."""
+        result = {"role": "tool", "name": "name", "tool_call_id": "call00000", "content": NEXT}
         for arguments in ({"a": RESPONSE}, f'{{"a": "{RESPONSE}"}}'):
             function = {"name": "name", "arguments": arguments}
             call = {"type": "function", "id": "call00000", "function": function}
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
             with contextlib.suppress(ValueError):  # many templates render no calls
-                tails = self._tails(calling, {"role": "tool", "name": "name", "content": NEXT})
-                return tuple(dict.fromkeys(stops + self._closing(tails)))
-        return tuple(stops)
+                return self._ending(calling, result) or self.ending
+        return self.ending
+
+    def ending_of(self, message: dict) -> Ending:
+        """How this message of the assistant ends."""
+        return self.call_ending if message.get("tool_calls") else self.ending
+
+    def _ending(self, response: dict, following: dict) -> Ending | None:
+        """The special token after RESPONSE that is there in the last turn and in any other.
+
+        The last one that both share; the first one if the template adds the header of a next
+        response even where it is not asked to, since that header is shared as well.
+        """
+        last, followed = self._tails(response, following)
+        if shared := list(self.special.finditer(_common_start(last, followed))):
+            always_prompts = self._probe(ANSWER, prompt=True) == self._probe(ANSWER)
+            stop = shared[0 if always_prompts else -1]
+        elif alone := list(self.special.finditer(last)):
+            stop = alone[-1]
+        else:
+            by_next = self.special.search(followed)
+            return Ending(by_next[0], None) if by_next else None
+        return Ending(stop[0], last[stop.end() :])
 
     def _tails(self, response: dict, following: dict) -> list[str]:
         """What follows the text of a response, as the last message and before another one."""
@@ -116,12 +158,6 @@ class ChatTemplate:
         if any(RESPONSE not in text for text in texts):
             raise ValueError("The chat template does not render the content of responses.")
         return [text.split(RESPONSE)[-1] for text in texts]
-
-    def _closing(self, tails: list[str]) -> list[str]:
-        if shared := self.special.findall(_common_start(*tails)):
-            always_prompts = self._probe(ANSWER, prompt=True) == self._probe(ANSWER)
-            return [shared[0 if always_prompts else -1]]
-        return self.special.findall(tails[0])[-1:]
 
     def _probe_header(self) -> str:
         """The text between the last message and the response, which the generation prompt adds."""
@@ -141,32 +177,22 @@ class ChatTemplate:
             prompts = self.render([chat[:i] for i in where], True, tools)
             answered = self.render([chat[: i + 1] for i in where], tools=tools)
         except RENDERING_ERRORS as error:
-            refused = next(i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            starts = (i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            refused = next(starts, len(chat) - 1)
             raise ValueError(
                 f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
             ) from None
         triples = zip(where, prompts, answered, strict=True)
-        return [self._turn(i, prompt, reply, answered[-1]) for i, prompt, reply in triples]
+        return [
+            _turn(i, prompt, reply, answered[-1], self.ending_of(chat[i]))
+            for i, prompt, reply in triples
+        ]
 
     def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
         try:
             return bool(self.render([chat], tools=tools))
         except RENDERING_ERRORS:
             return False
-
-    def _turn(self, message: int, prompt: str, answered: str, text: str) -> Turn:
-        ends = [answered.rfind(stop, len(prompt)) for stop in self.stops]
-        end = max(e + len(s) if e >= 0 else 0 for e, s in zip(ends, self.stops, strict=True))
-        emission = answered[len(prompt) : end]
-        if not answered.startswith(prompt):
-            status = "prompt"
-        elif not emission:
-            status = "no stop"
-        elif not text.startswith(prompt):
-            status = "context"
-        else:
-            status = "exact" if text.startswith(prompt + emission) else "history"
-        return Turn(message, prompt, answered, emission, status)
 
     def rows(self, chat: Chat, turns: Sequence[Turn], tools: list[dict] | None = None) -> list[Row]:
         """One row of the whole chat if all turns are exact, else one row per turn.
@@ -188,6 +214,17 @@ class ChatTemplate:
             for turn in (turns[-1:] if whole else turns)
         ]
 
+    def render_marked(self, row: Row, markers: str) -> tuple[str, list[Span]]:
+        """What the template `markers` renders of a row's chat, and the spans that it marks."""
+        [text], [spans] = render_jinja_template(
+            [row.chat],
+            tools=row.tools,
+            chat_template=markers,
+            return_assistant_tokens_mask=True,
+            **self.variables,
+        )
+        return text, spans
+
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[np.ndarray]]:
         """Ids of each text, and offsets (n_tokens, 2) in characters."""
         out = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -196,7 +233,7 @@ class ChatTemplate:
     def token_ranges(
         self, text: str, ids: Sequence[int], offsets: np.ndarray, spans: Sequence[Span]
     ) -> Iterator[Span]:
-        """First and last-but-one token of each span: those that follow the prompt's own tokens.
+        """Tokens [first, end) of each span: those that follow the prompt's own tokens.
 
         Added tokens split a text for every tokenizer, so that the tokens of a prompt are those up
         to its last added token, followed by those of its tail.
@@ -215,6 +252,25 @@ class ChatTemplate:
             ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
             self._tokens_of[tail] = np.asarray(ids)
         return self._tokens_of[tail]
+
+
+def _turn(message: int, prompt: str, answered: str, text: str, ending: Ending) -> Turn:
+    after = ending.after or ""
+    emission = answered[len(prompt) : len(answered) - len(after)]
+    if not answered.startswith(prompt):
+        emission, status = "", "prompt"
+    elif ending.after is None or not answered.endswith(ending.stop + after):
+        status = "no stop"
+    elif not text.startswith(prompt):
+        status = "context"
+    else:
+        status = "exact" if text.startswith(prompt + emission) else "history"
+    return Turn(message, prompt, answered, emission, status)
+
+
+def _given(message: dict) -> dict:
+    """The message without keys that are null, which transformers leaves out too."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern:

@@ -1,7 +1,6 @@
 """Callbacks of the trainer: progress lines, a check of the loss, and checkpoints by wall clock."""
 
 import contextlib
-import functools
 import math
 import shutil
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 from transformers import TrainerCallback
 
-from atlas_lib import artifacts, bootstrap, progress, stages
+from atlas_lib import artifacts, bootstrap, compat, progress, stages
 from atlas_lib.devices import Device
 from atlas_lib.schema import Config
 
@@ -135,10 +134,7 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = self.saved = time.monotonic()
-        # "auto", peft's default, would ask the hub at each checkpoint, without a time limit.
-        model.save_pretrained = functools.partial(
-            model.save_pretrained, save_embedding_layers=False
-        )
+        compat.save_adapter_without_hub(model)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.deadline is not None and time.time() > self.deadline:

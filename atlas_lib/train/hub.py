@@ -17,36 +17,33 @@ UNPUBLISHED = ("*.part", "*.bin", "*.pt", "*.pkl")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
-def preflight(config: Config) -> str | None:
+def preflight(config: Config, adapter: str | Path = "OUT/03_sft_train/adapter") -> str | None:
     """The repository to push to, created if necessary; None, after printing why, if none is.
 
-    Never prompts. Raises ValueError if the token or the repository's name has to be corrected.
+    Never prompts. `adapter` is the folder in the command that is printed to push it later. Raises
+    ValueError if the token or the repository's name has to be corrected.
     """
     from huggingface_hub import constants
 
-    output, off = config.output, None
+    output, state = config.output, "off"
     if not output.hub_repo:
-        off = "output.hub_repo is not set"
-    elif constants.HF_HUB_OFFLINE:
-        off = "HF_HUB_OFFLINE is set"
-    elif not (token := _token()):
-        off = "no HF_TOKEN"
-    if off:
-        print(f"Hub: off ({off}); the adapter stays in OUT.")
+        print("Hub: off (output.hub_repo is not set); the adapter stays in OUT.")
         return None
-    name = _full_name(output.hub_repo, "USER")
+    name = _full_name(output.hub_repo, "USER").removeprefix("USER/")  # the client's default
+    token, reason = (None, "HF_HUB_OFFLINE is set") if constants.HF_HUB_OFFLINE else _token()
     try:
-        return _claim(_client(token, PREFLIGHT_SECONDS), output)
+        if token:
+            return _claim(_client(token, PREFLIGHT_SECONDS), output)
     except Exception as error:  # the client lets every kind of transport error through
-        reason = _reason(error, token)
-        if not _refused(error):
-            print(f"Hub: not reachable ({reason}); the adapter stays in OUT. To push it, run:")
-            print(_command(name, "OUT/03_sft_train/adapter", output.hub_private))
-            return None
-    raise ValueError(
-        f"The hub refuses HF_TOKEN ({reason}); create one that can write to {output.hub_repo} at "
-        f"{TOKENS}, write {{user}}/name, or set output.hub_repo=null."
-    )
+        state, reason = "not reachable", _reason(error, token)
+        if _refused(error):
+            raise ValueError(
+                f"The hub refuses HF_TOKEN ({reason}); create one that can write to "
+                f"{output.hub_repo} at {TOKENS}, write {{user}}/name, or set output.hub_repo=null."
+            ) from None
+    print(f"Hub: {state} ({reason}); the adapter stays in OUT. To push it, run:")
+    print(_command(name, adapter, output.hub_private))
+    return None
 
 
 def push_adapter(folder: Path, repo: str | None, config: Config) -> None:
@@ -58,7 +55,7 @@ def push_adapter(folder: Path, repo: str | None, config: Config) -> None:
         return
     token = None
     try:
-        token = _token()
+        token, _ = _token()
         commit = _client(token, UPLOAD_SECONDS).upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -79,14 +76,15 @@ def _client(token: str | None, seconds: float) -> "HfApi":
     return HfApi(token=token)
 
 
-def _token() -> str | None:
-    """The user's token, or None. Raises ValueError for one that no request can carry."""
+def _token() -> tuple[str | None, str]:
+    """The user's token, or None and why. Raises ValueError for one that no request can carry."""
     from huggingface_hub import get_token
 
-    token = (session.secret("HF_TOKEN") or "").strip() or get_token()
+    secret, reason = session.secret("HF_TOKEN")
+    token = (secret or "").strip() or get_token()
     if token and not (token.isascii() and token.isprintable()):  # the client would quote it
         raise ValueError(f"HF_TOKEN contains an invalid character; copy it again from {TOKENS}.")
-    return token
+    return token, reason
 
 
 def _full_name(name: str, user: str) -> str:

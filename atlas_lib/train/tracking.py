@@ -31,7 +31,7 @@ def report_to(config: Config, out: Path) -> str | list[str]:
     asked = config.train.report_to
     if os.environ.get("WANDB_MODE") == "disabled":  # by an earlier call, before there was a key
         del os.environ["WANDB_MODE"]
-    key = session.secret("WANDB_API_KEY")
+    key, reason = session.secret("WANDB_API_KEY")
     if asked == "wandb" and key and _accepted(key):
         os.environ |= {"WANDB_API_KEY": key, "WANDB_PROJECT": config.run.wandb_project}
         os.environ.setdefault("WANDB_DIR", str(out))
@@ -39,8 +39,8 @@ def report_to(config: Config, out: Path) -> str | list[str]:
         print("W&B: on (a key was found).")
         return "wandb"
     os.environ["WANDB_MODE"] = "disabled"
-    refused = "the key is not accepted or W&B cannot be reached" if key else "no WANDB_API_KEY"
-    print(f"W&B: off ({refused if asked == 'wandb' else 'train.report_to does not ask for it'}).")
+    reason = "the key is not accepted or W&B cannot be reached" if key else reason
+    print(f"W&B: off ({reason if asked == 'wandb' else 'train.report_to does not ask for it'}).")
     return "none" if asked in (None, "wandb") else asked
 
 

@@ -39,6 +39,13 @@ def install(site: Path, package: str, version: str, lines: str = "") -> None:
     (folder / "METADATA").write_text(text, "utf-8")
 
 
+def install_module(site: Path, package: str, version: str) -> None:
+    """The same, with a module that has its old version, 0.15.2."""
+    install(site, package, version)
+    (site / f"{package}-{version}.dist-info" / "RECORD").write_text(f"{package}.py,,\n", "utf-8")
+    (site / f"{package}.py").write_text("__version__ = '0.15.2'", "utf-8")
+
+
 def remove(site: Path, package: str) -> None:
     for folder in site.glob(f"{package}-*.dist-info"):
         shutil.rmtree(folder)
@@ -87,12 +94,32 @@ def test_a_hosted_session_gets_what_it_lacks_and_only_that(environment, machine)
     asked = asked_of_pip(machine)
     assert done.returncode == 0, done.stderr
     assert asked[0] == "install"
-    assert {a for a in asked if ">=" in a} == {
-        f"trl>={FLOORS['trl']}", f"peft>={FLOORS['peft']}", f"lm_eval[ifeval]>={FLOORS['lm_eval']}",
-    }  # fmt: skip
+    pins = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    exact = {pin for pin in pins if pin.startswith(("trl=", "peft=", "lm-eval[ifeval]="))}
+    assert len(exact) == 3
+    assert {a for a in asked if "=" in a} == exact
     assert "-c" in asked  # the constraints of the next test
     assert done.stdout.startswith("Installing ")
     assert "done in" in done.stdout
+
+
+FLOORS_ONLY = """
+if any("==" in argument for argument in sys.argv):
+    raise SystemExit("ERROR: ResolutionImpossible")
+"""
+
+
+def test_pins_that_do_not_fit_the_image_are_replaced_by_floors(machine):
+    remove(machine, "trl")
+    with (machine / "pip" / "__main__.py").open("a") as pip:
+        pip.write(FLOORS_ONLY)
+    done = start(machine, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert done.returncode == 0, done.stderr
+    assert asked_of_pip(machine)[-1] == f"trl>={FLOORS['trl']}"
+
+
+def test_every_floor_has_a_pin():
+    assert {bootstrap.normal(name) for name in FLOORS} <= bootstrap.pins().keys()
 
 
 def test_pip_may_move_neither_torch_and_numpy_nor_what_torch_pins(machine):
@@ -163,27 +190,56 @@ def test_every_dependency_has_a_floor():
 
 
 INSTALLING = """
-for folder in pathlib.Path(__file__).parent.parent.glob('peft-*'):
-    folder.rename(folder.with_name('peft-9.0.dist-info'))
-    metadata = folder.with_name('peft-9.0.dist-info') / 'METADATA'
-    metadata.write_text('Metadata-Version: 2.1\\nName: peft\\nVersion: 9.0\\n')
+for folder in pathlib.Path(__file__).parent.parent.glob('%s-*'):
+    folder.rename(folder.with_name('%s-9.0.dist-info'))
+    metadata = folder.with_name('%s-9.0.dist-info') / 'METADATA'
+    metadata.write_text('Metadata-Version: 2.1\\nName: %s\\nVersion: 9.0\\n')
 """
+SUPPRESSED = "import contextlib\nwith contextlib.suppress(RuntimeError): bootstrap.ensure()\n"
 
 
-def test_a_package_imported_before_its_upgrade_asks_for_a_restart(machine):
-    """The old version is in memory and the new one on disk, also at the second attempt."""
-    install(machine, "peft", "0.15.2")
-    (machine / "peft.py").write_text("__version__ = '0.15.2'")
-    with (machine / "pip" / "__main__.py").open("a") as pip:
-        pip.write(INSTALLING)
-    twice = "import peft, contextlib\nwith contextlib.suppress(RuntimeError): bootstrap.ensure()\n"
-    for code in ("import peft; bootstrap.ensure()", f"{twice}bootstrap.ensure()"):
-        done = start(machine, code, KAGGLE_KERNEL_RUN_TYPE="Interactive")
-        last = done.stderr.splitlines()[-1]
-        assert done.returncode != 0
-        assert last.startswith("RuntimeError: peft 0.15.2 had been imported before")
-        assert "restart" in last
-        install(machine, "peft", "0.15.2")
+def plant_upgrade(site: Path, package: str) -> None:
+    """A package at 0.15.2 that pip will replace while it installs others."""
+    install_module(site, package, "0.15.2")
+    with (site / "pip" / "__main__.py").open("a") as pip:
+        pip.write(INSTALLING.replace("%s", package))
+
+
+@pytest.mark.parametrize("again", ["", SUPPRESSED])
+@pytest.mark.parametrize("package", ["peft", "pyarrow"])
+def test_a_package_imported_before_its_upgrade_asks_for_a_restart(package, again, machine):
+    """The old version is in memory and the new one on disk; pyarrow has no floor of its own."""
+    remove(machine, "trl")
+    plant_upgrade(machine, package)
+    code = f"import {package}\n{again}bootstrap.ensure()"
+    done = start(machine, code, KAGGLE_KERNEL_RUN_TYPE="Interactive")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode != 0
+    assert last.startswith(f"RuntimeError: {package} 0.15.2 had been imported before")
+    assert "restart" in last
+
+
+def test_what_every_kernel_imports_is_no_reason_to_restart(machine):
+    """jupyter_client brings dateutil into memory before the first cell, in each new session."""
+    remove(machine, "trl")
+    plant_upgrade(machine, "dateutil")
+    install(machine, "jupyter_client", "7.4.9", "Requires-Dist: dateutil>=2.8.2\n")
+    done = start(machine, "import dateutil; bootstrap.ensure()", KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_package_that_was_replaced_by_the_users_own_pip_asks_for_a_restart(machine):
+    install_module(machine, "peft", FLOORS["peft"])
+    done = start(machine, "import peft; bootstrap.ensure()", KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert "RuntimeError: peft 0.15.2 had been imported before" in done.stderr
+
+
+def test_a_package_imported_after_its_upgrade_is_no_reason_to_restart(machine):
+    remove(machine, "trl")
+    plant_upgrade(machine, "pyarrow")
+    code = "bootstrap.ensure()\nimport pyarrow\nbootstrap.ensure()"
+    done = start(machine, code, KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_internet_one_sentence_names_the_switch(machine):

@@ -73,6 +73,12 @@ def test_on_a_t4_sdpa_is_never_called_with_enable_gqa(base, monkeypatch):
     assert set(asked) == {False}
 
 
+def test_cudnn_attention_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    compat.choose_attention("cuda", "bfloat16")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_an_older_transformers_gets_gradient_checkpointing(monkeypatch):
     """Kaggle's image has such a version."""
     given = {"activation_checkpointing": True, "seed": 1}

@@ -103,6 +103,9 @@ def paired_differences(source: Path, pair: Path) -> list[str]:
     )
     notebook = jupytext.read(pair)
     found = ["cells differ: run `make notebooks`"] if here != there else []
+    for key in ("accelerator", "colab", "kaggle"):  # jupytext would keep the pair's
+        if jupytext.read(source).metadata.get(key) != notebook.metadata.get(key):
+            found.append(f"metadata differ: {key}")
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         found.append("no python3 kernelspec, which papermill and Kaggle need")
     if any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells):
@@ -119,6 +122,17 @@ def test_a_stale_pair_is_found(tmp_path):
     stale = tmp_path / "stale.py"
     stale.write_text(SOURCES[0].read_text("utf-8").replace("Select the", "Cut the"), "utf-8")
     assert paired_differences(stale, SOURCES[0].with_suffix(".ipynb"))
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_a_badge_opens_a_notebook_with_internet_and_the_gpu_that_it_needs(stage):
+    """Kaggle and Colab read this of the committed pair; the default is a CPU."""
+    metadata = jupytext.read(ROOT / "notebooks" / f"{stage}.ipynb").metadata
+    gpu = stages.STAGES[stage].gpu
+    assert metadata.get("accelerator") == ("GPU" if gpu else None)
+    assert metadata.get("colab") == ({"gpuType": "T4"} if gpu else None)
+    accelerator = "nvidiaTeslaT4" if gpu else "none"
+    assert metadata.get("kaggle") == {"accelerator": accelerator, "isInternetEnabled": True}
 
 
 def test_parameters_and_bootstrap_are_the_same_everywhere():

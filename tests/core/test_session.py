@@ -93,6 +93,13 @@ def test_the_default_out_is_below_the_checkout_or_the_working_folder(tmp_path, m
     assert session.output_folder("", "recipe", "over") == checkout / "runs" / "recipe-over"
 
 
+def test_an_out_on_a_drive_that_is_not_mounted_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "DRIVE", tmp_path / "drive")
+    out = tmp_path / "drive" / "MyDrive" / "atlas"
+    assert "Drive is not mounted" in refusal(session.output_folder, str(out), "x")
+    assert not (tmp_path / "drive").exists()
+
+
 @pytest.mark.parametrize("below", ["", "a/b"])
 def test_an_out_that_is_not_writable_is_refused(below, tmp_path):
     (tmp_path / "file").write_text("mine", "utf-8")
@@ -298,29 +305,55 @@ def raise_platform_error(*_):
 def test_a_secret_comes_from_the_environment_or_the_platform(platform, request, monkeypatch):
     request.getfixturevalue(platform)
     platform_secrets(monkeypatch, {"WANDB_API_KEY": CANARY, "EMPTY": ""}.get)
-    assert session.secret("WANDB_API_KEY") == CANARY
-    assert session.secret("HF_TOKEN") is None
-    assert session.secret("EMPTY") is None
+    assert session.secret("WANDB_API_KEY")[0] == CANARY
+    assert session.secret("HF_TOKEN") == (None, "no HF_TOKEN")
+    assert session.secret("EMPTY") == (None, "no EMPTY")
     monkeypatch.setenv("WANDB_API_KEY", "mine")
-    assert session.secret("WANDB_API_KEY") == "mine"
+    assert session.secret("WANDB_API_KEY")[0] == "mine"
 
 
 @pytest.mark.parametrize("platform", ["on_kaggle", "on_colab"])
 def test_an_absent_secret_or_package_is_no_error(platform, request, monkeypatch):
     request.getfixturevalue(platform)
     platform_secrets(monkeypatch, raise_platform_error)
-    assert session.secret("WANDB_API_KEY") is None
+    assert session.secret("WANDB_API_KEY") == (None, "no WANDB_API_KEY")
     for package in ("kaggle_secrets", "google.colab"):
         monkeypatch.setitem(sys.modules, package, None)  # what makes `import` raise
-    assert session.secret("WANDB_API_KEY") is None
+    assert session.secret("WANDB_API_KEY") == (None, "no WANDB_API_KEY")
+
+
+TOO_MANY = ConnectionError("Service responded with error code 429")
+NO_FRONTEND = type("TimeoutException", (Exception,), {})("planted")
+STUMBLES = {"on_kaggle": TOO_MANY, "on_colab": NO_FRONTEND}
+
+
+@pytest.mark.parametrize("answers", [1, 0])
+@pytest.mark.parametrize("platform", STUMBLES)
+def test_a_service_that_stumbles_is_asked_twice(platform, answers, request, monkeypatch):
+    request.getfixturevalue(platform)
+    asked = []
+
+    def get(name: str) -> str:
+        asked.append(name)
+        if len(asked) == 1 or not answers:
+            raise STUMBLES[platform]
+        return CANARY
+
+    platform_secrets(monkeypatch, get)
+    monkeypatch.setattr(session, "PAUSE_SECONDS", 0)
+    value, reason = session.secret("HF_TOKEN")
+    assert (value, len(asked)) == (CANARY if answers else None, 2)
+    if not answers:
+        error = f"{type(STUMBLES[platform]).__name__}: {STUMBLES[platform]}"
+        assert reason == f"HF_TOKEN cannot be read: {error}"
 
 
 def test_a_nested_notebook_takes_secrets_from_the_environment_only(on_kaggle, monkeypatch):
     platform_secrets(monkeypatch, lambda name: CANARY)
     monkeypatch.setenv(session.NESTED, "1")
-    assert session.secret("HF_TOKEN") is None
+    assert session.secret("HF_TOKEN")[0] is None
     monkeypatch.setenv("HF_TOKEN", "mine")
-    assert session.secret("HF_TOKEN") == "mine"
+    assert session.secret("HF_TOKEN")[0] == "mine"
 
 
 def test_kaggles_token_reaches_the_hubs_library(on_kaggle, monkeypatch, capfd):

@@ -78,8 +78,9 @@ class Hub:
         return self.answer_about(f"{owner}/{name}", what, body)
 
     def create(self, body: dict[str, Any]) -> tuple[int, Any]:
-        repo = f"{body['organization']}/{body['name']}"
-        foreign = body["organization"] not in (USER, ORGANISATION)
+        owner = body.get("organization") or USER
+        repo = f"{owner}/{body['name']}"
+        foreign = owner not in (USER, ORGANISATION)
         if "no create" in self.faults or self.role == "read" or foreign:
             return 403, "You don't have the rights to create a model under this namespace"
         url = {"url": f"{self.endpoint}/{repo}"}

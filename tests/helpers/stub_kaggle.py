@@ -114,11 +114,6 @@ class Kaggle:
         more = {"nextPageToken": str(start + 2)} if start + 2 < len(names) else {}
         return {"files": files, "log": version.log} | more
 
-    def DeleteKernel(self, given: dict) -> Any:
-        if not self.kernels.pop(given["kernelSlug"], None):
-            return 404, {"code": 404, "message": "Not found"}, {}
-        return {}
-
     def GetAcceleratorQuotaStatistics(self, given: dict) -> Any:
         used, allowed = (f"{hours * 3600:.0f}s" for hours in self.gpu_hours)
         gpu = {"timeUsed": used, "totalTimeAllowed": allowed}

@@ -24,6 +24,12 @@ NO_STOP = _LOOP + _HEADER + "{{ m.content }}{% endfor %}" + _ASK
 NO_HEADER = _LOOP + _HEADER + "{{ m.content }}<|im_end|>\n{% endfor %}"
 # Like Phi-3's: the system message is left out.
 NO_SYSTEM = CHATML.replace(_LOOP, "{% for m in messages if m.role != 'system' %}")
+# Like Llama-3.1's and gpt-oss's: a tool call ends with another token than a response.
+CALLS = CHATML.replace(
+    "{{ m.content }}<|im_end|>",
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}<|endoftext|>"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+)
 ALTERNATES = (
     _LOOP + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate') }}{% endif %}"

@@ -1,7 +1,7 @@
 """Machines like Kaggle's and Colab's, for the tests: the packages of the image, not the checkout.
 
-The image is a virtual environment made once from requirements-kaggle.txt. A session is an empty one
-over it, into which a page's bootstrap really installs.
+The image is a virtual environment made once from requirements-kaggle.txt. A session is a copy of it
+in which a page's bootstrap really upgrades, in place, as in a container.
 """
 
 import functools
@@ -80,7 +80,7 @@ def copy_tree(folder: Path) -> Path:
 
 @functools.cache
 def image() -> Path:
-    """The base environment, in build/venvs by the hash of its list; papermill apart, see `site`."""
+    """The base environment, in build/venvs by the hash of its list."""
     text = IMAGE.read_bytes() + sys.version.encode()
     home = ROOT / "build" / "venvs" / hashlib.sha256(text).hexdigest()[:12]
     if not home.is_dir():
@@ -89,9 +89,6 @@ def image() -> Path:
         run(sys.executable, "-m", "venv", part)
         pip = ["nice", part / "bin/python", "-m", "pip", "install", "-q", "-r", IMAGE]
         run(*pip, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
-        (part / "papermill").mkdir()
-        for found in (part / SITE).glob("papermill*"):
-            found.rename(part / "papermill" / found.name)
         part.rename(home)
     return home
 
@@ -104,26 +101,32 @@ def run(*command, **options) -> subprocess.CompletedProcess:
     return done
 
 
-def overlay(folder: Path, *sites: Path) -> Path:
-    """The python of a new, empty environment at `folder` that also sees the packages in `sites`."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder)
-    (folder / SITE / "beside.pth").write_text("\n".join(map(str, sites)), "utf-8")
+def copied(source: Path, folder: Path) -> Path:
+    """The python of a copy of an environment, of links to its files: pip replaces, never writes."""
+    shutil.copytree(source, folder, symlinks=True, copy_function=link)
     return folder / "bin" / "python"
 
 
-def kaggle_session(folder: Path, *more: Path) -> Path:
-    """A session's python on Kaggle: the image with papermill, and Kaggle's client of secrets.
+def link(source: str, target: str) -> None:
+    """A second name for a file, or a copy on another device."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
-    `more` are site-packages of sessions into which a bootstrap has installed: the time is saved.
-    """
-    python = overlay(folder, *more, image() / SITE, image() / "papermill")
+
+def kaggle_session(folder: Path) -> Path:
+    """A session's python on Kaggle: the image with Kaggle's client of secrets."""
+    python = copied(image(), folder)
     (folder / SITE / "kaggle_secrets.py").write_text(KAGGLE_SECRETS, "utf-8")
     return python
 
 
 def colab_session(folder: Path) -> Path:
     """A session's python on Colab: no papermill, and a kernel with Colab's own shell."""
-    python = overlay(folder, image() / SITE)
+    python = copied(image(), folder)
+    for found in (folder / SITE).glob("papermill*"):
+        shutil.rmtree(found)
     colab = folder / SITE / "google" / "colab"  # a namespace package, as protobuf has it, too
     colab.mkdir(parents=True)
     for name, text in {"__init__": "", "_shell": COLAB_KERNEL, "userdata": COLAB_USERDATA}.items():

@@ -38,9 +38,8 @@ def image(folder: Path) -> Path:
 
 
 def newest(folder: Path) -> Path:
-    """The pins, and over them today's newest of everything that pyproject.toml names."""
-    sites = [Path(path) for path in sys.path if path.endswith("site-packages")]
-    python = twin.overlay(folder / "venv", *sites)
+    """The pins, upgraded to today's newest of everything that pyproject.toml names."""
+    python = twin.copied(Path(sys.prefix), folder / "venv")
     held = folder / "held.txt"
     held.write_text("\n".join(bootstrap.held()), "utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import stub_hub
 import stub_kaggle
 import twin
 from IPython.core.inputtransformer2 import TransformerManager
 from requests.adapters import HTTPAdapter
 
 from atlas_lib import artifacts, bootstrap, session
+from atlas_lib.config import load_config
 from atlas_lib.stages import STAGES
 from tools import kernels, leaks
 from tools.kaggle import bundle, service
@@ -142,7 +145,7 @@ def here(clone, builds, kaggle, tmp_path, monkeypatch, capsys):
 def command(builds: Path, tmp_path: Path, verb: str, *args: str) -> list[str]:
     """The arguments, with the folders of this test and little patience."""
     patience = ["--poll", "0.02", "--retries", "2"] if verb != "build" else []
-    folders = [] if verb == "quota" else ["--out-folder", str(builds)]
+    folders = ["--out-folder", str(builds)]
     out = ["--out", str(tmp_path / "runs")] if verb in ("chain", "fetch") else []
     return ["kernels", verb, *patience, *folders, *out, *args]
 
@@ -246,7 +249,7 @@ def test_the_payload_cell_needs_nothing_but_python(version, clone, builds, tmp_p
     assert not list((tmp_path / "working").iterdir())
     assert here == child == f"{library}/atlas_lib/__init__.py"
     assert commit == git(clone, "rev-parse", "--short=12", "HEAD").strip()
-    tracked = git(clone, "ls-files", "atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
+    tracked = git(clone, "ls-files", *bundle.PACKED)
     found = [path for path in Path(library).rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {str(path.relative_to(library)) for path in found} == set(tracked.split())
     for path in found:
@@ -404,7 +407,6 @@ def test_a_dirty_tree_may_be_built_and_says_so_and_outputs_stay_out(restored, tm
         (("build", "05_dpo"), "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit"),
         (("chain", "05_dpo"), "unknown stage 05_dpo; there are: 01_data_prep, 02_template_audit"),
         (("push",), "required: STAGE"),
-        (("delete",), "required: STAGE"),
         (("wait", "--set", "a=1"), "unrecognized arguments: --set"),
     ],
 )
@@ -428,12 +430,14 @@ def expected_body(stage: str, alone: bool = False) -> dict:
         "enableGpu": bool(gpu),
         "enableTpu": False,
         "enableInternet": True,
+        "sessionTimeoutSeconds": 180 * 60,
         **({"kernelDataSources": needed} if needed else {}),
         **gpu,
     }
 
 
 def check_body(body: dict, stage: str, alone: bool = False, built: bool = True) -> None:
+    """Pushed by these tools, a version ends after the deadline at Kaggle, too."""
     page = json.loads(body["text"])
     assert page["metadata"]["kernelspec"]["name"] == "python3"
     assert not any(cell.get("outputs") for cell in page["cells"])
@@ -456,7 +460,7 @@ def test_kaggles_own_command_pushes_a_build_and_the_checkout(
     assert "Kernel version 1 successfully pushed" in done.stdout
     assert len(done.stdout.splitlines()) == 1  # no warning of another slug
     [body] = kaggle.bodies("SaveKernel")
-    check_body(body, stage if built else THIRD, alone=not built, built=built)
+    check_body({"sessionTimeoutSeconds": 10800} | body, stage if built else THIRD, not built, built)
 
 
 def test_the_chain_from_nothing(kaggle, builds, here, tmp_path):
@@ -527,6 +531,8 @@ PUSH_ANSWERS = {
     "403 in a good answer": ([{"code": 403, "message": "Denied"}], 3, "(403)", 1),
     "429": ([(429, "", {"Retry-After": "0"})] * ALWAYS, 4, "answers 429", 3),
     "429 once": ([(429, "", {"Retry-After": "1"})], 0, "Retrying in 1 s", 2),
+    "412": ([(412, {"message": "TooManyAssignments"}, {})] * ALWAYS, 4, "no capacity", 3),
+    "412 once": ([(412, "", {})], 0, "pushed as version 1", 2),
     "500": ([(500, "oops", {})] * ALWAYS, 4, "answers 500", 3),
     "503 once": ([(503, "", {})], 0, "answers 503", 2),
     "hung up": ([stub_kaggle.HANG_UP] * ALWAYS, 4, "no connection", 3),
@@ -558,11 +564,28 @@ def test_a_build_that_kaggle_has_is_not_pushed_twice(kaggle, builds, here):
     for _ in range(2):
         here("push", FOURTH, "--alone")
     assert len(kaggle.bodies("SaveKernel")) == 1
-    kaggle.kernels["atlas-04-ifeval-eval"][0].body["kernelDataSources"] = ["bob/other"]
+    [version] = kaggle.kernels["atlas-04-ifeval-eval"]
+    version.body["kernelDataSources"], version.walk = ["bob/other"], ["COMPLETE"]
     here("push", FOURTH, "--alone")
+    kaggle.kernels["atlas-04-ifeval-eval"][1].walk = ["COMPLETE"]
     edit(builds / FOURTH, lambda page: page["metadata"]["atlas"].update(id="another build"))
     here("push", FOURTH, "--alone")
     assert len(kaggle.bodies("SaveKernel")) == 3
+
+
+@pytest.mark.parametrize("state", ["QUEUED", "RUNNING"])
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_version_of_another_build_that_still_runs_is_named(state, behind, kaggle, builds, here):
+    """Both would use up GPU hours; Kaggle may not show the newest version at once."""
+    here("push", FIRST)
+    kaggle.kernels[SLUG][0].walk, kaggle.behind = [state], behind
+    edit(builds / FIRST, lambda page: page["metadata"]["atlas"].update(id="another build"))
+    words = f"{REF}/1 is {state}, and a second one would use up quota, too; wait for it, or stop it"
+    here("push", FIRST, code=2, words=words)
+    here("chain", FIRST, code=2, words=words)
+    assert len(kaggle.bodies("SaveKernel")) == 1
+    kaggle.kernels[SLUG][0].walk = ["CANCEL_ACKNOWLEDGED"]
+    here("push", FIRST, words="pushed as version 2")
 
 
 def test_a_refused_push_forgets_no_earlier_version(kaggle, builds, here):
@@ -663,16 +686,12 @@ def test_too_little_quota_stops_a_gpu_stage_only(kaggle, here):
     here("push", THIRD, "--alone", code=3, words=words)
     assert kaggle.bodies("SaveKernel") == []
     here("push", FIRST)
-    here("quota", words="0.5 of 30 hours left")
 
 
-@pytest.mark.parametrize(
-    ("answer", "code"), [((500, "", {}), 4), ((403, "", {}), 3), ({}, 4), (HTML, 4)]
-)
-def test_a_quota_that_cannot_be_read_is_a_warning(answer, code, kaggle, here):
+@pytest.mark.parametrize("answer", [(500, "", {}), (403, "", {}), {}, HTML])
+def test_a_quota_that_cannot_be_read_is_a_warning(answer, kaggle, here):
     kaggle.planted["GetAcceleratorQuotaStatistics"] = [answer] * ALWAYS
     here("push", THIRD, "--alone", words="warning: Cannot look at the GPU quota")
-    here("quota", code=code)
 
 
 # --- waiting --------------------------------------------------------------------------------------
@@ -742,16 +761,6 @@ def test_status_shows_each_stage(here):
     first, second, *_ = here("status").splitlines()
     assert first == f"01_data_prep: {REF}/1 QUEUED"
     assert "agaonker/atlas-02-template-audit ABSENT" in second
-
-
-def test_delete(kaggle, builds, here):
-    here("push", FIRST)
-    kaggle.planted["DeleteKernel"] = [{"errorMessage": "Kernel is in use"}]
-    here("delete", FIRST, code=3, words="Kernel is in use")
-    here("delete", FIRST)
-    assert kaggle.kernels == {}
-    assert not (builds / FIRST / "pushed.json").exists()
-    here("delete", FIRST, code=3, words="(404)")
 
 
 # --- killed ---------------------------------------------------------------------------------------
@@ -869,6 +878,59 @@ def test_a_new_result_replaces_the_old_one(here, tmp_path):
     assert not (tmp_path / "runs" / FIRST / "old").exists()
     assert (tmp_path / "runs" / "notebooks" / "other.ipynb").exists()
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+# --- the adapter, which its kernel cannot push: a push detaches the secrets -----------------------
+
+
+@pytest.fixture
+def train(kaggle, builds, started, tmp_path):
+    """Run notebook 03 of the recipe by a chain, with these variables: (lines, errors, the hub)."""
+    about = {"config": load_config("sft_qwen05b").as_dict()}
+    about["outputs"] = {"adapter/weights": hashlib.sha256(b"weights").hexdigest()}
+
+    def finish_training(slug: str, version: stub_kaggle.Version) -> None:
+        finish(builds, slug, version, **about)
+        version.files[f"{THIRD}/adapter/weights"] = b"weights"
+
+    kaggle.run = finish_training
+    with stub_hub.serve() as hub:
+        # The hub is reached without the proxy, at which the client finds Kaggle.
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+
+        def run(code: int = 0, **more: str) -> tuple[list[str], str]:
+            process = started(THIRD, "--alone", **env | more)
+            out, err = process.communicate()
+            assert process.returncode == code, out + err
+            assert stub_hub.TOKEN not in out + err
+            assert (tmp_path / "runs" / THIRD / "adapter" / "weights").is_file()
+            return out.splitlines(), err
+
+        yield run, hub
+
+
+def test_fetch_prints_the_upload_that_the_kernel_could_not_make(train, tmp_path):
+    run, hub = train
+    *_, told, upload = run()[0]
+    assert told.startswith("Hub: off (no HF_TOKEN)")
+    assert hub.requests == []
+    token = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": stub_hub.TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    subprocess.run(shlex.split(upload), env=token | paths, check=True, capture_output=True)
+    assert hub.files == {"alice/atlas-sft-qwen05b-v2": {"weights": b"weights"}}
+    assert hub.private == {"alice/atlas-sft-qwen05b-v2": True}
+
+
+def test_with_a_token_of_its_own_fetch_makes_the_upload(train):
+    run, hub = train
+    assert run(HF_TOKEN=stub_hub.TOKEN)[0][-1].startswith("Hub: pushed to ")
+    assert hub.files == {"alice/atlas-sft-qwen05b-v2": {"weights": b"weights"}}
+
+
+def test_a_token_that_the_hub_refuses_is_one_sentence_and_the_results_stay(train):
+    run, hub = train
+    hub.plant("bad token")
+    assert "The hub refuses HF_TOKEN" in sentence(run(2, HF_TOKEN=stub_hub.TOKEN)[1])
 
 
 # --- secrets --------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The workflows by actionlint, and what they share with the tools that they call."""
 
+import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atlas_lib import bootstrap
 from atlas_lib.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,15 +61,59 @@ def test_without_a_kaggle_secret_nothing_is_pushed():
         assert ("::notice::" in done.stdout) != bool(token and name)
 
 
-def test_what_pushing_needs_is_pinned():
-    text = (ROOT / ".github" / "workflows" / "kaggle_stage.yml").read_text("utf-8")
-    wanted = re.search("wanted='([^']+)'", text)[1]
-    found = subprocess.run(
-        ["bash", "-c", re.search(r"grep .*(?= \|)", text)[0]], env={"wanted": wanted}, cwd=ROOT,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    packages = [line.partition("==")[0] for line in found.stdout.split()]
-    assert sorted(packages) == sorted(wanted.split("|"))
+# The first major version that runs on Node 24: GitHub has removed Node 20 from its runners.
+NODE_24 = {"checkout": 5, "setup-python": 6, "upload-artifact": 6, "download-artifact": 7}
+NODE_24 |= {"upload-pages-artifact": 5, "deploy-pages": 5}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_action_needs_a_node_that_is_gone(path):
+    used = re.findall(r"uses: actions/([\w-]+)@v(\d+)", path.read_text("utf-8"))
+    assert [name for name, major in used if int(major) < NODE_24[name]] == []
+
+
+def test_the_job_that_fetches_the_adapter_has_the_token_to_push_it():
+    assert jobs("kaggle_stage.yml")["run"]["env"]["HF_TOKEN"] == "${{ secrets.HF_TOKEN }}"
+
+
+OWN = """
+import sys, tools.kernels
+own = [module for name, module in sys.modules.items() if name.startswith(("atlas_lib", "tools."))]
+print(*[module.__file__ for module in own if module.__file__])
+"""
+
+
+def imported_for_pushing() -> set[str]:
+    """The packages that the modules behind tools.kernels import when they are loaded."""
+    done = subprocess.run([sys.executable, "-c", OWN], cwd=ROOT, capture_output=True, text=True)
+    body = [node for path in done.stdout.split() for node in ast.parse(Path(path).read_text()).body]
+    names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    known = importlib.metadata.packages_distributions()
+    return {bootstrap.normal(p) for name in names for p in known.get(name.partition(".")[0], [])}
+
+
+def with_dependencies(packages: set[str]) -> set[str]:
+    """These packages and all that pip installs with them, by their canonical names."""
+    found, left = set(), {bootstrap.normal(package) for package in packages}
+    while left:
+        found |= left
+        lines = [line for package in left for line in importlib.metadata.requires(package) or []]
+        names = {bootstrap.normal(line) for line in lines if "extra ==" not in line}
+        left = {name for name in names if bootstrap.installed(name)} - found
+    return found
+
+
+def test_the_job_that_pushes_installs_what_that_imports_at_the_pinned_versions():
+    [pip] = [
+        s["run"] for s in jobs("kaggle_stage.yml")["run"]["steps"] if "wanted=" in s.get("run", "")
+    ]
+    command = ["bash", "-c", pip.replace("xargs pip install -q", "cat")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    pinned = {line.partition("==")[0] for line in done.stdout.split()}
+    needed = imported_for_pushing() | {"kaggle", "huggingface-hub"}  # these two are imported later
+    assert "tenacity" in needed
+    assert needed - with_dependencies(pinned) == set()
 
 
 def test_pushing_needs_none_of_the_heavy_packages():

@@ -186,6 +186,17 @@ def test_a_planted_template_fault_fails_the_audit(pair, tiny_config, fault):
     )
 
 
+def test_a_prompt_that_no_row_shows_fails_the_audit(pair, tiny_config):
+    """As Skywork-R1V3's: the patch fits, and the prompt of inference opens the reasoning."""
+    opens = copy.deepcopy(pair[0])
+    head, tail = pair[1].rsplit("assistant\\n", 1)
+    opens.chat_template = original = f"{head}assistant\\n<think>\\n{tail}"
+    assert template.patch_chat_template_for_assistant_mask(opens)
+    [row] = audited_rows((opens, original), [CHAT], tiny_config)
+    assert row["verdict"] == "failed"
+    assert "does not start with the prompt of inference" in row["error"]
+
+
 def test_another_default_system_turn_is_found(pair, tiny_config):
     broken = copy.deepcopy(pair[0])
     broken.chat_template = broken.chat_template.replace("You are Qwen", "You are Qwon")

@@ -26,7 +26,7 @@ def prove(tokenizer, tmp_path, monkeypatch, capfd):
         tokenizer.chat_template = text
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         lines = [json.dumps(row if isinstance(row, dict) else {column: row}) for row in rows]
-        (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        (tmp_path / "chats.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
         places = ["--tokenizer", tmp_path / "tokenizer", "--data", tmp_path / "chats.jsonl"]
         monkeypatch.setattr(sys, "argv", ["audit", *map(str, [*places, *arguments])])
         with pytest.raises(SystemExit) as stopped:
@@ -40,9 +40,18 @@ def prove(tokenizer, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (templates.CHATML, ["exact: 3 responses", "training rows: 2", "judged 2 of 2 rows"]),
-        (templates.BRACKETS, ["exact: 3 responses", "generation stops at <|im_end|>"]),
-        (templates.THINK, ["history: 1 responses, row 0", "training rows: 3, 2 of them with one"]),
+        (
+            templates.CHATML,
+            ["status 'exact': 3, first in row 0", "training rows: 2", "two methods agree: 2"],
+        ),
+        (
+            templates.BRACKETS,
+            ["status 'exact': 3", "generation stops at '<|im_end|>' (the tokenizer's"],
+        ),
+        (
+            templates.THINK,
+            ["status 'history': 1, first in row 0", "training rows: 3, 2 of them with one"],
+        ),
     ],
 )
 def test_an_exact_template_ends_with_0(prove, text, found):
@@ -67,6 +76,16 @@ def test_an_exact_template_ends_with_0(prove, text, found):
         ),
         (
             templates.CHATML,
+            [[OTHER[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]],
+            "row 0: the template leaves out tool_calls of message 1",
+        ),
+        (
+            templates.CHATML.replace("{{ m.content }}", "{{ m.content[:4] }}"),
+            CHATS,
+            "row 0: the template leaves out content of message 2",
+        ),
+        (
+            templates.CHATML,
             [[OTHER[0], {**OTHER[1], "reasoning_content": "Hm."}]],
             "row 0: the template leaves out reasoning_content of message 1",
         ),
@@ -82,6 +101,46 @@ def test_findings_end_with_1_and_are_named(prove, text, rows, found):
     assert status == 1, output
     assert found in output
     assert output.endswith("NOT EXACT\n")
+
+
+def test_keys_that_are_null_are_left_out(prove):
+    with_null = [OTHER[0], {**OTHER[1], "reasoning_content": None, "tool_calls": None}]
+    asks = templates.CHATML.replace("{{ m.content }}", "{{ m.tool_calls | default(m.content) }}")
+    assert prove(asks, [with_null])[0] == 0
+
+
+def test_rows_that_only_prefixes_can_judge_are_counted(prove):
+    looks = templates.CHATML.replace("{{ m.content }}", "{{ m.content | replace('\ue000', '') }}")
+    status, output = prove(looks)
+    assert status == 0
+    assert "two methods agree: 0; 2 could be judged by prefixes alone" in output
+
+
+def test_unknown_variables_options_and_outputs_are_refused(prove, tmp_path):
+    status, output = prove(templates.CHATML, CHATS, "--set", "enable_thinkng=false")
+    assert (status, "no variable 'enable_thinkng'" in output) == (2, True)
+    status, output = prove(templates.CHATML, CHATS, "--json", tmp_path / "chats.jsonl")
+    assert (status, "would overwrite an input" in output) == (2, True)
+    status, output = prove(templates.CHATML, CHATS, "sft_qwen05b")
+    assert (status, "or a config with its own" in output) == (2, True)
+
+
+def test_the_limit_holds_for_all_figures(prove):
+    status, output = prove(templates.CHATML, CHATS, "--max-length", 40)
+    assert status == 0
+    assert "responses that lose their end to --max-length: 2" in output
+
+
+def test_markers_of_the_template_itself_are_compared(prove):
+    marked = templates.CHATML.replace(
+        "{{ m.content }}<|im_end|>",
+        (
+            "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n"
+            "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        ),
+    ).replace("<|im_end|>\n{% endgen", "<|im_end|>{% endgen")
+    _, output = prove(marked)
+    assert "0 tokens too many, 0 too few in the 2 rows" in output
 
 
 def test_a_variable_that_mends_the_prompt_is_named(prove):
@@ -105,7 +164,15 @@ def test_a_stop_at_which_generation_does_not_stop_is_named(prove, tokenizer):
         ("{# nothing #}", CHATS, "messages", "does not render the content of responses"),
         (templates.ALTERNATES, [OTHER, CHAT], "messages", "Conversation 1: the chat template "),
         (templates.ALTERNATES, [OTHER, CHAT], "messages", "message 0 (system): Roles must alter"),
-        (templates.CHATML, CHATS, "conversations", "no column `messages`, only conversations"),
+        (templates.CHATML, CHATS, "conversations", "has no `messages`, only conversations"),
+        (templates.CHATML, [], "messages", "chats.jsonl holds no conversations"),
+        (templates.CHATML, [OTHER, {"text": "x"}], "messages", "row 1 (from 0) has no `messages`"),
+        (
+            templates.CHATML,
+            [[OTHER[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}]],
+            "messages",
+            "row 0 (from 0): message 1 has a tool call without a function",
+        ),
         (
             templates.CHATML,
             [OTHER, [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]],
@@ -121,8 +188,29 @@ def test_unusable_input_ends_with_2_and_writes_nothing(
     status, output = prove(text, rows, "--json", written[0], "--html", written[1], column=column)
     assert status == 2, output
     assert problem in output
-    assert output.splitlines()[-1].startswith("error: ")
+    assert "\nerror: " in f"\n{output}"
+    assert "Traceback" not in output
     assert not any(path.exists() for path in written)
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "found"),
+    [
+        (lambda right: [], 2, "labels.jsonl holds no rows"),
+        (lambda right: right[:1], 1, "1 of 2 training rows have no row of labels"),
+        (lambda right: [*right, right[0]], 1, "1 training rows have several rows of labels"),
+        (lambda right: [{"input_ids": [1]}], 2, "row 0 (from 0) needs input_ids and labels"),
+        (lambda right: [{"input_ids": [[1]], "labels": [[1]]}], 2, "two lists of integers"),
+    ],
+)
+def test_labels_must_be_there_for_every_row(prove, tokenizer, tmp_path, rows, status, found):
+    tokenizer.chat_template = templates.CHATML
+    right = labelled(tokenizer, ChatTemplate(tokenizer), CHATS)
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows(right)), "utf-8")
+    code, output = prove(templates.CHATML, CHATS, "--labels", file)
+    assert code == status, output
+    assert found in output
 
 
 def shifted(row, by):
@@ -174,6 +262,7 @@ def test_faults_in_labels_made_elsewhere_are_named(prove, tokenizer, tmp_path, f
     assert status == 1
     assert "FINDING labels row 0: " in output
     assert "labels row 1" not in output
+    assert "Traceback" not in output
 
 
 def test_a_whole_conversation_is_not_exact_where_history_is_rewritten(prove, tokenizer, tmp_path):
@@ -203,5 +292,5 @@ def test_report_and_page_show_every_row(prove, tmp_path):
     assert len(first["rows"]) == 2
     shown = second["rows"][0]
     assert "".join(shown["tokens"]).startswith("<|im_start|>user\n</script><b><|im_end|>")
-    assert set(shown["masks"]) >= {"learned", "prefixes", "sentinels"}
+    assert set(shown["masks"]) == {"learned", "sentinels"}  # learned are those of the prefixes
     assert {len(mask) for mask in shown["masks"].values()} == {len(shown["tokens"])}

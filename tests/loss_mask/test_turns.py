@@ -28,7 +28,7 @@ def learned(tokenizer, row):
 def test_an_exact_template_trains_one_row_per_conversation(tokenizer, name):
     tokenizer.chat_template = templates.EXACT[name]
     chat_template = ChatTemplate(tokenizer)
-    assert chat_template.stops == ("<|im_end|>",)
+    assert chat_template.ending.stop == "<|im_end|>"
     [row] = labelled(tokenizer, chat_template, [CHAT])
     assert [turn.status for turn in chat_template.turns(CHAT)] == ["exact", "exact"]
     lead = " " if name == "brackets" else ""
@@ -45,6 +45,47 @@ def test_a_template_that_rewrites_history_trains_one_row_per_response(tokenizer)
     prompt = tokenizer.apply_chat_template(CHAT[:4], add_generation_prompt=True)["input_ids"]
     assert second["input_ids"][: len(prompt)] == prompt
     assert set(second["labels"][: len(prompt)]) == {template.IGNORED}
+
+
+@pytest.mark.parametrize("text", [templates.NO_STOP, templates.CALLS])
+def test_a_stop_that_a_text_quotes_ends_no_response(tokenizer, text):
+    """Neither <|im_start|>, by which a next message would end it, nor the stop of a call."""
+    quoting = {"role": "assistant", "content": "first <|im_start|> second"}
+    calling = quoting | {"tool_calls": [{"function": {"name": "a", "arguments": "<|im_end|>"}}]}
+    chat_template = ChatTemplate(tokenizer, text)
+    [turn] = chat_template.turns([CHAT[1], calling if text == templates.CALLS else quoting])
+    assert turn.status == ("exact" if text == templates.CALLS else "no stop")
+    assert turn.status == "no stop" or turn.emission.endswith("}<|endoftext|>")
+
+
+def test_a_template_that_refuses_a_prompt_only_is_named(tokenizer):
+    limit = "{% if add_generation_prompt and messages|length > 3 %}{{ raise_exception('long') }}"
+    chat_template = ChatTemplate(tokenizer, limit + "{% endif %}" + templates.CHATML)
+    with pytest.raises(ValueError, match=r"message 4 \(assistant\): long"):
+        chat_template.turns(CHAT)
+
+
+def test_a_call_with_an_empty_content_is_judged(tokenizer):
+    asks = templates.CALLS.replace(
+        "{% if m.tool", "{% if m.content %}{{ m.content }}{% endif %}{% if m.tool"
+    )
+    chat_template = ChatTemplate(tokenizer, asks)
+    [row] = rows_of(
+        chat_template, [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    )
+    assert Sentinels(chat_template).judge(row).spans == row.spans
+
+
+def test_a_tool_call_may_end_with_another_token(tokenizer):
+    chat_template = ChatTemplate(tokenizer, templates.CALLS)
+    assert chat_template.ending.stop == "<|im_end|>"
+    assert chat_template.call_ending.stop == "<|endoftext|>"
+    calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    chat = [CHAT[1], calling, {"role": "tool", "content": "It is."}, CHAT[2]]
+    emissions = [turn.emission for turn in chat_template.turns(chat)]
+    assert [emission.endswith("<|endoftext|>") for emission in emissions] == [True, False]
+    [row] = rows_of(chat_template, chat)
+    assert Sentinels(chat_template).judge(row).spans == row.spans
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_the_full_recipe_without_a_hub_names_the_offline_overlay(tmp_path):
 WRONG = {
     "template": (
         lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
-        "Not Qwen2.5's chat template",
+        "The chat template does not render the content of responses",
     ),
     "tokenizer": (lambda tokenizer: tokenizer.add_tokens(["<new>"]), "ids would mean other tokens"),
 }

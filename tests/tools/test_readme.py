@@ -11,6 +11,7 @@ import pytest
 import yaml
 from checks import ROOT
 
+from atlas_lib.stages import STAGES
 from tools import publish, website
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -163,12 +164,21 @@ def test_each_notebook_has_its_badges_for_the_repository_of_pyproject():
     repository = PROJECT["urls"]["Repository"]
     on_colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
     on_kaggle = f"https://kaggle.com/kernels/welcome?src={repository}"
-    expected = [
-        f"{start}/blob/main/notebooks/{page.name}"
-        for page in sorted((ROOT / "notebooks").glob("0[1-4]*.ipynb"))
-        for start in (on_kaggle, on_colab)
-    ]
+    expected = []
+    for stage, needs in STAGES.items():
+        page = f"blob/main/notebooks/{stage}.ipynb"
+        t4 = "&accelerator=nvidiaTeslaT4" if needs.gpu else ""
+        expected += [f"{on_kaggle}/{page}{t4}", f"{on_colab}/{page}"]
     assert re.findall(r"\[!\[(?:Kaggle|Colab)\]\S+\]\(([^)]+)\)", README) == expected
+
+
+def test_every_message_that_a_hosted_session_may_end_with_is_in_the_code():
+    section = README.partition("## Run All on Kaggle or Colab")[2].partition("\n## ")[0]
+    quoted = re.findall(r'^\| "([^"]+)"', section, flags=re.M)
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "atlas_lib").glob("*.py"))
+    assert len(quoted) > 4
+    for message in quoted:
+        assert message.replace("HF_TOKEN", "{name}") in sources, message
 
 
 def test_every_link_of_the_texts_leads_somewhere():

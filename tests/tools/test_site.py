@@ -86,6 +86,17 @@ def test_a_dead_link_and_a_load_from_elsewhere_are_found(tmp_path):
     assert len(dead_links(tmp_path)) == 3
 
 
+def test_every_surveyed_repository_is_in_the_table_without_a_script(site):
+    survey = json.loads((ROOT / "results" / "template_survey.json").read_text("utf-8"))
+    page = BeautifulSoup((site / "loss.html").read_bytes(), "html.parser")
+    rows = page.select("#lookup tbody tr")
+    for row, record in zip(rows, survey["templates"], strict=True):
+        names = row.find("th").get_text(" ").split()
+        assert set(names) == {record["repository"], *record["aliases"]}
+        assert row.find("td").get_text().startswith(record["status"])
+    assert page.find(id="lookup-filter").has_attr("hidden")  # without a script it does nothing
+
+
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright
@@ -165,6 +176,19 @@ def unreached(page) -> list[str]:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_page_in_a_browser(site, browser, size, scheme):
     assert problems(browser, site, size, scheme, SCREENSHOTS) == []
+
+
+@in_a_browser
+def test_the_table_of_templates_is_filtered_by_repository(site, browser):
+    page = browser.new_page()
+    page.goto((site / "loss.html").as_uri())
+    page.get_by_label("Repository contains").fill("qwen2.5-0.5b-instruct")
+    shown = page.locator("#lookup tbody tr:visible")
+    assert page.locator("#lookup-filter output").text_content().startswith(f"{shown.count()} of ")
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in " ".join(shown.all_text_contents())
+    page.get_by_label("Repository contains").fill("no such repository")
+    assert shown.count() == 0
+    page.close()
 
 
 PLANTED = {

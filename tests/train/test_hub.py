@@ -85,13 +85,30 @@ OFF = {
     "a blank token": ({"HF_TOKEN": "  \n"}, "no HF_TOKEN"),
     "offline": ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
 }
+SECRETS = """
+class UserSecretsClient:
+    def get_secret(self, name):
+        raise ConnectionError("HTTP 429")
+"""
 
 
 @pytest.mark.parametrize(("given", "reason"), OFF.values(), ids=OFF.keys())
 def test_the_hub_is_off_and_nothing_prompts(given, reason, hub, client):
     found = lines(client(PREFLIGHT, **given))
-    assert found == [f"Hub: off ({reason}); the adapter stays in OUT.", "None"]
+    assert found[0].startswith(f"Hub: off ({reason}); the adapter stays in OUT.")
+    assert found[-1] == "None"
+    assert (found[1:-1] == []) == (given == {"repo": None})  # otherwise how to push it later
     assert hub.requests == []
+
+
+def test_a_secrets_service_that_stumbles_is_not_a_missing_token(hub, client, tmp_path):
+    (tmp_path / "kaggle_secrets.py").write_text(SECRETS, "utf-8")
+    fast = "from atlas_lib import session; session.PAUSE_SECONDS = 0; "
+    given = {"HF_TOKEN": "", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    given["PYTHONPATH"] = f"{ROOT}{os.pathsep}{tmp_path}"
+    line, recovery, _ = lines(client(fast + PREFLIGHT, **given))
+    assert "HF_TOKEN cannot be read: ConnectionError: HTTP 429" in line
+    assert recovery.startswith("hf upload")
 
 
 # --- preflight: on --------------------------------------------------------------------------------
@@ -201,7 +218,7 @@ def test_without_the_hub_the_run_goes_on(fault, reason, hub, client):
     assert returned == "None"
     assert line.startswith("Hub: not reachable (") and reason in line
     assert "stays in OUT" in line
-    assert recovery.startswith("hf upload USER/adapter OUT/03_sft_train/adapter . --private")
+    assert recovery.startswith("hf upload adapter OUT/03_sft_train/adapter . --private")
 
 
 # --- push -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import loopback
 import pytest
 from checks import run_python
 
+from atlas_lib import session
 from atlas_lib.config import load_config
 from atlas_lib.train import tracking
 
@@ -112,6 +113,17 @@ def test_a_key_from_kaggles_secrets_reaches_the_client(report_to, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets)
     assert report_to(KAGGLE_KERNEL_RUN_TYPE="Batch")[0] == "wandb"
     assert os.environ["WANDB_API_KEY"] == KEY
+
+
+def test_a_secrets_service_that_stumbles_is_not_a_missing_key(report_to, monkeypatch):
+    def stumble():
+        raise ConnectionError("HTTP 429")
+
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", SimpleNamespace(UserSecretsClient=stumble))
+    monkeypatch.setattr(session, "PAUSE_SECONDS", 0)
+    returned, shown = report_to(KAGGLE_KERNEL_RUN_TYPE="Batch")
+    assert returned == "none"
+    assert "WANDB_API_KEY cannot be read: ConnectionError: HTTP 429" in shown
 
 
 def test_a_key_that_is_added_later_switches_it_on(report_to):

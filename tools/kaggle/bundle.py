@@ -23,7 +23,7 @@ from atlas_lib.config import load_config
 from atlas_lib.stages import STAGES
 from tools import leaks
 
-PACKED = ("atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml")
+PACKED = ("atlas_lib", "configs", "notebooks/*.ipynb", "pyproject.toml", "requirements.txt")
 T4 = "NvidiaTeslaT4"  # two of them; Kaggle silently replaces a shape that it does not know
 LARGEST_SOURCE = 1_000_000  # bytes of a notebook, about, that Kaggle accepts
 NOTEBOOK, METADATA = "notebook.ipynb", "kernel-metadata.json"

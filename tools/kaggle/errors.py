@@ -11,6 +11,7 @@ REASONS = {
     401: "Kaggle does not accept these credentials (401); create a new token",
     403: "Kaggle refuses this account (403); check the owner and the phone verification",
     404: "Kaggle does not know it (404)",
+    412: "Kaggle has no capacity (412)",  # TooManyAssignments
 }
 
 
@@ -55,7 +56,7 @@ def explain_response(what: str, response: requests.Response) -> Problem:
         status = body.get("code") if response.ok else status
     reason = REASONS.get(status, f"Kaggle answers {status}")
     sentence = f"Cannot {what}: {reason}{f' - {message}' if message else ''}."
-    if status not in (408, 429) and status < 500:
+    if status not in (408, 412, 429) and status < 500:
         return Problem(REFUSED, sentence, status)
     pause = None
     with contextlib.suppress(urllib3.exceptions.InvalidHeader):

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lib import artifacts, sources
+from atlas_lib.schema import Config
 from atlas_lib.stages import STAGES
+from atlas_lib.train import hub
 from tools import leaks
 from tools.kaggle import bundle, errors
 from tools.kaggle.errors import Problem
@@ -21,6 +23,7 @@ FETCHED = r"^(0\d_\w+|notebooks)/|^metrics\.json$"
 PUSHED = "pushed.json"  # beside a build
 LOG_LINES = 100  # shown of a kernel that failed
 GPU_HOURS = 1.0  # of quota that a stage with a GPU needs
+RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT")
 FAILED = ("ERROR", "CANCEL")  # how the states begin in which a kernel ends without a result
 
 
@@ -49,13 +52,14 @@ def push_version(kaggle: Connection, folder: Path, build: dict[str, Any], alone:
             f"{ref} does not belong to the account {user}; set KAGGLE_USERNAME to its name."
         )
 
-    impatient = dataclasses.replace(kaggle, retries=0)
+    impatient, record = dataclasses.replace(kaggle, retries=0), push_record(folder)
 
     def push_once() -> int:
         # It asks first, since the answer to an earlier attempt may have been lost.
-        return version_of_build(impatient, build, metadata) or impatient.save(folder, ref)
+        version = version_of_build(impatient, build, metadata, record)
+        return version or impatient.save(folder, ref)
 
-    version = version_of_build(kaggle, build, metadata)
+    version = version_of_build(kaggle, build, metadata, record)
     if not version:
         for need in () if alone else STAGES[stage].needs:
             require_upstream(kaggle, need, bundle.kernel_id(owner, need), build)
@@ -69,21 +73,33 @@ def push_version(kaggle: Connection, folder: Path, build: dict[str, Any], alone:
     leaks.log(f"{stage}: pushed as version {version}, https://www.kaggle.com/code/{ref}")
 
 
-def version_of_build(kaggle: Connection, build: dict[str, Any], metadata: dict[str, Any]) -> int:
-    """The newest version of a kernel if it is of this build and has not failed, else 0."""
+def version_of_build(
+    kaggle: Connection, build: dict[str, Any], metadata: dict[str, Any], record: dict[str, Any]
+) -> int:
+    """The newest version of a kernel if it is of this build and has not failed, else 0.
+
+    Raises ValueError if another one, or the one in `record`, still runs.
+    """
     ref = metadata["id"]
     version, source, attached = kaggle.newest(ref)
-    if build["id"] not in source or set(attached) != set(metadata["kernel_sources"]):
-        return 0
-    state, _ = kaggle.state(f"{ref}/{version}")
-    return 0 if state.startswith(FAILED) else version
+    same = build["id"] in source and set(attached) == set(metadata["kernel_sources"])
+    name = f"{ref}/{version}"
+    if record.get("name", "").startswith(f"{ref}/") and record["version"] > version:
+        name, same = record["name"], False  # Kaggle does not show the newest one yet
+    state, _ = kaggle.state(name) if name != f"{ref}/0" else ("ABSENT", "")
+    if state in RUNNING and not same:
+        raise ValueError(
+            f"{name} is {state}, and a second one would use up quota, too; wait for it, or stop it "
+            f"at https://www.kaggle.com/code/{ref}."
+        )
+    return version if same and not state.startswith(FAILED) else 0
 
 
 def require_upstream(kaggle: Connection, stage: str, ref: str, build: dict[str, Any]) -> None:
     """Refuse unless the kernel to attach is complete and of the same build. Raises ValueError."""
     state, _ = kaggle.state(ref)
     if state != "COMPLETE":
-        fix = "wait for it" if state in ("QUEUED", "RUNNING") else "push it"
+        fix = "wait for it" if state in RUNNING else "push it"
         raise ValueError(f"{stage} has to run first, and {ref} is {state}; {fix}.")
     with tempfile.TemporaryDirectory() as part:
         kaggle.download(ref, rf"^{stage}/{artifacts.MANIFEST}$", Path(part))
@@ -122,8 +138,8 @@ def follow(kaggle: Connection, folder: Path, record: dict[str, Any]) -> None:
         if minutes + kaggle.poll / 60 > kaggle.minutes:
             raise Problem(
                 errors.DEADLINE,
-                f"{what} is {state} after {kaggle.minutes:g} minutes and continues at Kaggle; run "
-                "the same command again, or set a longer --deadline.",
+                f"{what} is {state} after {kaggle.minutes:g} minutes and continues at Kaggle until "
+                "the --deadline of its push; run the same command again.",
             )
         time.sleep(kaggle.poll)
 
@@ -156,6 +172,15 @@ def fetch_results(kaggle: Connection, folder: Path, record: dict[str, Any], out:
                 shutil.rmtree(target, ignore_errors=True)
                 path.replace(target)
     leaks.log(f"{folder.name}: the results of version {record['version']} are in {out}")
+    if (out / folder.name / "adapter").is_dir():
+        upload_adapter(out / folder.name)
+
+
+def upload_adapter(folder: Path) -> None:
+    """Push a fetched adapter to the Hub, or print how to; its kernel had no secrets to do so."""
+    config = Config.model_validate(artifacts.read_manifest(folder)["config"])
+    adapter = folder / "adapter"
+    hub.push_adapter(adapter, hub.preflight(config, adapter), config)
 
 
 def manifest_faults(folder: Path, commit: str, digest: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ class Connection:
     api: Any
     retries: int
     poll: float  # seconds between two looks at a kernel, and before the first retry
-    minutes: float  # for a kernel to end, and at most for one request
+    minutes: float  # for a kernel to run, and at most for one request
 
     def ask(self, what: str, function: Callable, *args: Any, absent: Any = None) -> Any:
         """function(*args), repeated while Kaggle is unavailable; `absent` if there is no kernel."""
@@ -78,31 +79,24 @@ class Connection:
         """(version, source, attached kernels) of the newest version; (0, "", []) if none."""
 
         def look() -> tuple[int, str, list[str]]:
-            answer = self._kernel_request("get_kernel", "ApiGetKernelRequest", ref)
+            # The whole answer, of which the client's own method hides a part.
+            from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+            request = ApiGetKernelRequest()
+            request.user_name, request.kernel_slug = ref.split("/")
+            with self.api.build_kaggle_client() as client:
+                answer = client.kernels.kernels_api_client.get_kernel(request)
             about = answer.metadata
             return about.current_version_number, answer.blob.source, about.kernel_data_sources
 
         return self.ask(f"look at {ref}", look, absent=(0, "", []))
 
-    def remove(self, ref: str) -> None:
-        """Delete a kernel with all its versions."""
-        request = ("delete_kernel", "ApiDeleteKernelRequest", ref)
-        answer = self.ask(f"delete {ref}", self._kernel_request, *request)
-        if answer is not None and answer.error_message:
-            raise Problem(REFUSED, f"Kaggle did not delete {ref}: {answer.error_message}")
-
-    def _kernel_request(self, method: str, kind: str, ref: str) -> Any:
-        """Kaggle's whole answer, of which the client's own methods hide a part."""
-        from kagglesdk.kernels.types import kernels_api_service
-
-        request = getattr(kernels_api_service, kind)()
-        request.user_name, request.kernel_slug = ref.split("/")
-        with self.api.build_kaggle_client() as client:
-            return getattr(client.kernels.kernels_api_client, method)(request)
-
     def save(self, folder: Path, ref: str) -> int:
-        """Push a folder without retrying; returns the number of the new version."""
-        answer = self.api.kernels_push(str(folder))
+        """Push a folder without retrying; returns the number of the new version.
+
+        Kaggle ends it when it has run for `minutes`; otherwise it could use up 12 GPU hours.
+        """
+        answer = self.api.kernels_push(str(folder), timeout=str(math.ceil(self.minutes * 60)))
         message = " ".join((answer.error or "").split())
         for fault in _faults(answer, message, ref):
             busy = BUSY.search(message) and not (QUOTA.search(message) or BROKEN.search(message))
