@@ -63,7 +63,7 @@ bootstrap.ensure()
 from IPython.display import HTML, Markdown
 
 from atlas_lib import artifacts, data, models, notebooks, stages, template
-from atlas_lib.loss_mask import audit, token_rows
+from atlas_lib.loss_mask import audit, labelling, token_rows
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
 
 config, out = notebooks.start("02_template_audit", CONFIG, OVERLAY, OUT, SET)
@@ -78,7 +78,7 @@ headline = notebooks.headline()
 
 # %%
 for mask in ([True, True, True], [False, False, True]):
-    print(mask, "->", template.labels_of([11, 12, 13], mask, max_length=1024))
+    print(mask, "->", labelling.labels_of([11, 12, 13], mask, max_length=1024))
 
 # %% [markdown]
 # In the second line only the third token is learned, but the model still *reads* the first two.
@@ -156,7 +156,7 @@ def as_html(ids: list[int], mask: list[int]) -> HTML:
 several = [chat for chat in conversations if sum(m["role"] == "assistant" for m in chat) > 1]
 example = min(several or conversations, key=lambda chat: len(str(chat)))
 row = token_rows.labelled(tokenizer, chat_template, [example])[-1]
-as_html(row["input_ids"], [label != template.IGNORED for label in row["labels"]])
+as_html(row["input_ids"], [label != labelling.IGNORED for label in row["labels"]])
 
 # %% [markdown]
 # Every green run starts with the first token of a response and ends with the stop token.

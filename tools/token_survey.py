@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas_lib import template
+from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.sentinels import judged
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
@@ -135,7 +136,9 @@ def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> No
         if judged(row.row, opinion):
             added = np.isin(row.ids, chat_template.added_ids)
             spans = opinion.spans.values()
-            wrong = np.flatnonzero(template.mask_of_spans(spans, row.offsets, added) != by_prefixes)
+            wrong = np.flatnonzero(
+                labelling.mask_of_spans(spans, row.offsets, added) != by_prefixes
+            )
             if wrong.size:
                 counts.tokens["rows_that_differ"] += 1
                 tokens = [tokenizer.decode(row.ids[at]) for at in wrong]
@@ -163,7 +166,7 @@ def compare_with_trl(
     if text != row.row.text:
         counts.trl["rows_with_another_text"] += 1
         return
-    trained, wanted = template.mask_of_spans(spans, row.offsets), row.prefixes()
+    trained, wanted = labelling.mask_of_spans(spans, row.offsets), row.prefixes()
     beyond = np.flatnonzero(trained & ~wanted)
     counts.trl.update(
         rows=1,

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from atlas_lib import artifacts, data, models, stages, template
+from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
@@ -153,7 +154,7 @@ class Auditor:
         text, spans = None, []
         if self.trl_template:
             text, spans = self.template.render_marked(row.row, self.trl_template)
-        return template.mask_of_spans(spans if text == row.row.text else [], row.offsets)
+        return labelling.mask_of_spans(spans if text == row.row.text else [], row.offsets)
 
     def verdict(self, idx, chat, rows, opinions, problem) -> tuple[str, str | None]:
         """One of "ok", "excluded", "dropped" (nothing to learn once truncated), "failed"; why."""
@@ -196,10 +197,10 @@ class Auditor:
         """The masks of the independent methods that can judge this row."""
         spans = {"sentinels": opinion.spans.values()} if judged(row.row, opinion) else {}
         if self.marked:
-            spans["the grammar of ChatML"] = template.assistant_spans(row.row.text)
+            spans["the grammar of ChatML"] = labelling.assistant_spans(row.row.text)
         added = np.isin(row.ids, self.template.added_ids)
         by_offsets = {
-            method: template.mask_of_spans(places, row.offsets, added)
+            method: labelling.mask_of_spans(places, row.offsets, added)
             for method, places in spans.items()
         }
         return {"prefixes": row.prefixes()} | by_offsets
@@ -314,7 +315,7 @@ def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
     rows = [
         (row["idx"], labels) for row in _rows_to_train(folder) for labels in row["labels_sha256"]
     ]
-    found = [template.labels_sha256(row["input_ids"], row["labels"]) for row in train_dataset]
+    found = [labelling.labels_sha256(row["input_ids"], row["labels"]) for row in train_dataset]
     pairs = zip(rows, found, strict=False)
     differing = [idx for (idx, labels), other in pairs if labels != other]
     if differing or len(found) != len(rows):

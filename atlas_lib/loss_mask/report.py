@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_lib import template
+from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.audit import Auditor, with_tools
 from atlas_lib.loss_mask.token_rows import TokenRow
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
@@ -179,7 +179,7 @@ def _wrong(labels: np.ndarray, row: TokenRow, auditor: Auditor) -> str | None:
     ids, mask = np.asarray(row.ids[: auditor.limit]), row.mask[: auditor.limit]
     if len(labels) != len(ids):
         return f"{len(labels)} labels for {len(ids)} ids"
-    trained = labels != template.IGNORED
+    trained = labels != labelling.IGNORED
     wrong = np.flatnonzero((trained != mask) | (trained & (labels != ids)))
     if not wrong.size:
         return None

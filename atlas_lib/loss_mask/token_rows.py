@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atlas_lib import template
+from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Span
 
 
@@ -30,8 +30,8 @@ class TokenRow:
 
     def labels_sha256(self, limit: int) -> str:
         """One hash of ids and labels, truncated to `limit` tokens."""
-        labels = template.labels_of(self.ids, self.mask, limit)
-        return template.labels_sha256(self.ids[:limit], labels)
+        labels = labelling.labels_of(self.ids, self.mask, limit)
+        return labelling.labels_sha256(self.ids[:limit], labels)
 
     def straddling(self) -> int:
         """Responses whose first token begins in the prompt."""
@@ -77,6 +77,6 @@ def labelled(
     pairs = ((chat, chat_template.turns(chat)) for chat in conversations)
     rows = [row for chat, turns in pairs for row in chat_template.rows(chat, turns)]
     return [
-        {"input_ids": row.ids, "labels": template.labels_of(row.ids, row.mask)}
+        {"input_ids": row.ids, "labels": labelling.labels_of(row.ids, row.mask)}
         for row in tokenise(tokenizer, chat_template, rows)
     ]

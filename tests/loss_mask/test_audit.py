@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from atlas_lib import artifacts, data, models, stages, template
 from atlas_lib.config import load_config
-from atlas_lib.loss_mask import audit
+from atlas_lib.loss_mask import audit, labelling
 from atlas_lib.loss_mask.turns import ChatTemplate
 
 
@@ -109,8 +109,8 @@ def test_text_is_unchanged_and_both_masks_agree(pair, chat):
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
-    spans = template.assistant_spans(before)
-    reference = template.mask_of_spans(spans, np.asarray(out["offset_mapping"]))
+    spans = labelling.assistant_spans(before)
+    reference = labelling.mask_of_spans(spans, np.asarray(out["offset_mapping"]))
     assert np.array_equal(reference, np.asarray(out["assistant_masks"], dtype=bool))
     assert len(spans) == sum(message["role"] == "assistant" for message in chat)
 
@@ -230,12 +230,12 @@ def audited(pair, tiny_config, tmp_path):
     for chat in chats:
         out = pair[0].apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
         ids = out["input_ids"]
-        labels = template.labels_of(ids, out["assistant_masks"], tiny_config.train.max_length)
+        labels = labelling.labels_of(ids, out["assistant_masks"], tiny_config.train.max_length)
         rows.append({"input_ids": ids, "labels": labels})
     return source, folder, rows
 
 
-MASKED = template.IGNORED
+MASKED = labelling.IGNORED
 TRAINER_FAULTS = {
     "off by one right": lambda row: row | {"labels": [MASKED, *row["labels"][:-1]]},
     "off by one left": lambda row: row | {"labels": [*row["labels"][1:], MASKED]},

@@ -9,8 +9,7 @@ import pytest
 import templates
 from chat_cases import CALL, CHAT
 
-from atlas_lib import template
-from atlas_lib.loss_mask import command
+from atlas_lib.loss_mask import command, labelling
 from atlas_lib.loss_mask.token_rows import labelled
 from atlas_lib.loss_mask.turns import ChatTemplate
 
@@ -214,12 +213,12 @@ def test_labels_must_be_there_for_every_row(prove, tokenizer, tmp_path, rows, st
 
 
 def shifted(row, by):
-    kept = [template.IGNORED, *row["labels"][:-1]] if by > 0 else [*row["labels"][1:], -100]
+    kept = [labelling.IGNORED, *row["labels"][:-1]] if by > 0 else [*row["labels"][1:], -100]
     return row | {"labels": kept}
 
 
 def first_learned(row):
-    return next(at for at, label in enumerate(row["labels"]) if label != template.IGNORED)
+    return next(at for at, label in enumerate(row["labels"]) if label != labelling.IGNORED)
 
 
 def with_label(row, at, value):

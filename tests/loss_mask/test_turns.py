@@ -6,7 +6,7 @@ import templates
 from chat_cases import CALL, CHAT, chats
 from hypothesis import given, settings
 
-from atlas_lib import template
+from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.sentinels import Sentinels
 from atlas_lib.loss_mask.token_rows import labelled, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
@@ -21,7 +21,7 @@ def rows_of(chat_template, chat):
 
 
 def learned(tokenizer, row):
-    return tokenizer.decode([label for label in row["labels"] if label != template.IGNORED])
+    return tokenizer.decode([label for label in row["labels"] if label != labelling.IGNORED])
 
 
 @pytest.mark.parametrize("name", templates.EXACT)
@@ -44,7 +44,7 @@ def test_a_template_that_rewrites_history_trains_one_row_per_response(tokenizer)
     assert learned(tokenizer, second) == "<think>\n\n</think>\n\nStill me.<|im_end|>"
     prompt = tokenizer.apply_chat_template(CHAT[:4], add_generation_prompt=True)["input_ids"]
     assert second["input_ids"][: len(prompt)] == prompt
-    assert set(second["labels"][: len(prompt)]) == {template.IGNORED}
+    assert set(second["labels"][: len(prompt)]) == {labelling.IGNORED}
 
 
 @pytest.mark.parametrize("text", [templates.NO_STOP, templates.CALLS])
@@ -152,7 +152,7 @@ def test_both_methods_agree_on_drawn_conversations(name, trained_tokenizer):
             assert opinion.spans == tokens.row.spans
             added = np.isin(tokens.ids, chat_template.added_ids)
             spans = opinion.spans.values()
-            mask = template.mask_of_spans(spans, tokens.offsets, added)
+            mask = labelling.mask_of_spans(spans, tokens.offsets, added)
             assert np.array_equal(mask, tokens.mask)
 
     agree()

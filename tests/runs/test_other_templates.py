@@ -10,8 +10,9 @@ import torch
 from checks import run_python
 from tiny import TINY
 
-from atlas_lib import artifacts, template
+from atlas_lib import artifacts
 from atlas_lib.config import load_config
+from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.audit import AUDIT_ROWS
 from atlas_lib.loss_mask.token_rows import labelled
 from atlas_lib.loss_mask.turns import ChatTemplate
@@ -88,12 +89,12 @@ def test_the_loss_is_cross_entropy_at_those_labels(kind, tmp_path, tiny_config):
         model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     expected = [
-        template.labels_sha256(row["input_ids"][:96], row["labels"][:96])
+        labelling.labels_sha256(row["input_ids"][:96], row["labels"][:96])
         for row in rows
-        if any(label != template.IGNORED for label in row["labels"][:96])
+        if any(label != labelling.IGNORED for label in row["labels"][:96])
     ]
     kept = trainer.train_dataset
-    assert [template.labels_sha256(row["input_ids"], row["labels"]) for row in kept] == expected
+    assert [labelling.labels_sha256(row["input_ids"], row["labels"]) for row in kept] == expected
     batch = trainer.data_collator([kept[at] for at in range(4)])
     with torch.inference_mode():
         loss = trainer.compute_loss(model.eval(), dict(batch)).item()
@@ -104,6 +105,6 @@ def test_the_loss_is_cross_entropy_at_those_labels(kind, tmp_path, tiny_config):
         picked += [
             -torch.log_softmax(logits[at, position - 1], -1)[label].item()
             for position, label in enumerate(labels)
-            if label != template.IGNORED
+            if label != labelling.IGNORED
         ]
     assert loss == pytest.approx(np.mean(picked), abs=2e-6)
