@@ -92,8 +92,8 @@ headline = notebooks.headline()
 # %%
 source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
 audited = audit.require_passed_audit(config, out, source)
-verdicts = audit.read_verdicts(audited)
-kept = [idx for idx, verdict in verdicts.items() if verdict != "excluded"]
+records = audit.read_records(audited)
+kept = [row["idx"] for row in records if row["verdict"] != "excluded"]
 conversations = data.read_subset(source)
 validation = data.read_subset(source, "validation")
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
@@ -109,7 +109,7 @@ print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer"
 # %%
 rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
 print(f"recipe: 5,000 rows / (4 x 4) = {5000 / 16} -> {math.ceil(5000 / 16)} steps")
-n_rows = audit.count_training_rows(audited)
+n_rows = audit.count_training_rows(records)
 steps = math.ceil(config.train.num_train_epochs * math.ceil(n_rows / rows_per_step))
 steps = steps if config.train.max_steps < 0 else config.train.max_steps
 print(f"this run: {n_rows:,} rows, {rows_per_step} per step -> {steps} steps")
@@ -131,6 +131,15 @@ models.check_vocabulary(tokenizer, config)
 chat_template = ChatTemplate(tokenizer)
 print(template.choose_supervision(tokenizer))
 print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")
+
+# %% [markdown]
+# The validation rows are audited here in the same way, so that the dashed line of the plot below
+# is a loss on the right tokens too.
+
+# %%
+checked = list(audit.audit_rows(tokenizer, chat_template, validation, config, "validation"))
+assert not [row["error"] for row in checked if row["verdict"] == "failed"]
+validation = [validation[row["idx"]] for row in checked if row["verdict"] != "excluded"]
 
 # %% [markdown]
 # ## The model: 4-bit weights and a low-rank update
@@ -248,14 +257,20 @@ trainable, total = trainer.model.get_nb_trainable_parameters()
 print(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
 # %% [markdown]
-# ## The trainer's labels are those of the audit
+# ## The trainer's batches hold the labels of the audit
 #
-# The comparison covers every row of the trainer's own dataset, as the loss will see it. One
-# differing token raises an error.
+# The comparison covers every row of an epoch of batches, as the data collator hands them to the
+# loss. One differing token raises an error. What the loss makes of the labels is compared as well:
+# on a small batch, the trainer's loss must be the mean of $-\log p$ over the labelled tokens.
 
 # %%
-compared = audit.check_trainer(trainer.train_dataset, audited)
-print(f"{compared:,} rows: the trainer's labels are identical to the audited ones")
+compared = audit.check_batches(trainer.get_train_dataloader(), records)
+audit.check_batches(trainer.get_eval_dataloader(), checked)
+print(f"{compared:,} rows: the labels in the batches are identical to the audited ones")
+by_trainer, by_hand = trl_loss.compare_losses(trainer)
+print(f"loss of two rows: {by_trainer:.5f} by the trainer, {by_hand:.5f} by hand")
+tolerance = 1e-3 if device.dtype == "float32" else 1e-2
+assert math.isclose(by_trainer, by_hand, rel_tol=tolerance), "the loss is of other tokens"
 
 # %% tags=["train"]
 with checkpoints.listening():

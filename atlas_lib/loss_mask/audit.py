@@ -33,6 +33,7 @@ def audit_rows(
     chat_template: ChatTemplate,
     conversations: Iterable[Chat],
     config: Config,
+    split: str = "train",
 ) -> Iterator[dict]:
     """Yield one row per conversation, with the fields of sft_template_audit.jsonl.
 
@@ -46,6 +47,8 @@ def audit_rows(
             f"{tokenizer.eos_token!r}, at which decoding stops: set model.eos_token."
         )
     auditor = Auditor(tokenizer, chat_template, config)
+    if split == "validation":
+        auditor.known_lengths = {}  # of training rows
     return (record for record, _, _ in auditor.judge(conversations))
 
 
@@ -292,37 +295,47 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return artifacts.read_json(folder / "summary.json")
 
 
-def count_training_rows(folder: Path) -> int:
+def count_training_rows(records: Iterable[dict]) -> int:
     """The number of rows that the trainer keeps: those with something to learn."""
-    return sum(len(row["labels_sha256"]) for row in _rows_to_train(folder))
+    return sum(len(row["labels_sha256"]) for row in records if row["verdict"] == "ok")
 
 
-def _rows_to_train(folder: Path) -> Iterator[dict]:
-    rows = artifacts.read_jsonl(folder / AUDIT_ROWS)
-    return (row for row in rows if row["verdict"] == "ok")
+def read_records(folder: Path) -> list[dict]:
+    """The audit's row of every conversation."""
+    return list(artifacts.read_jsonl(folder / AUDIT_ROWS))
 
 
-def read_verdicts(folder: Path) -> dict[int, str]:
-    """{index of a conversation: its verdict}."""
-    return {row["idx"]: row["verdict"] for row in artifacts.read_jsonl(folder / AUDIT_ROWS)}
+def check_batches(batches: Iterable[dict], records: Iterable[dict]) -> int:
+    """Compare every row of an epoch of batches with the audit's rows; the number of rows compared.
 
-
-def check_trainer(train_dataset: Iterable[dict], folder: Path) -> int:
-    """Compare every row of `trainer.train_dataset` with the audit; the number of rows compared.
-
+    A batch holds input_ids, labels and attention_mask, each [rows, tokens]; padding is left out.
     Raises ValueError if ids or labels of a row differ.
     """
-    rows = [
-        (row["idx"], labels) for row in _rows_to_train(folder) for labels in row["labels_sha256"]
+    import torch
+
+    audited = [
+        (labels, row["idx"])
+        for row in records
+        if row["verdict"] == "ok"
+        for labels in row["labels_sha256"]
     ]
-    found = [labelling.labels_sha256(row["input_ids"], row["labels"]) for row in train_dataset]
-    pairs = zip(rows, found, strict=False)
-    differing = [idx for (idx, labels), other in pairs if labels != other]
-    if differing or len(found) != len(rows):
-        where = f"conversation {differing[0]}" if differing else "some conversations"
+    expected = Counter(labels for labels, _ in audited)
+    with torch.random.fork_rng():  # the order of the training must not change
+        found = Counter(_labels_of_batches(batches))
+    if found != expected:
+        idx = min((idx for labels, idx in audited if labels in expected - found), default=None)
+        where = "some conversations" if idx is None else f"conversation {idx}"
         raise ValueError(
-            f"The trainer's labels of {where} are not those of the audit ({len(found)} rows in "
-            f"the trainer, {len(rows)} in the audit): training would learn other tokens. Run "
-            "02_template_audit again in this environment."
+            f"The trainer's labels of {where} are not those of the audit ({found.total()} rows in "
+            f"its batches, {expected.total()} in the audit): training would learn other tokens. "
+            "Run 02_template_audit again if its environment was another one; otherwise look for "
+            "what changes the trainer's rows or its data collator."
         )
-    return len(found)
+    return found.total()
+
+
+def _labels_of_batches(batches: Iterable[dict]) -> Iterator[str]:
+    for batch in batches:
+        arrays = [batch[key].cpu().numpy() for key in ("input_ids", "labels", "attention_mask")]
+        for ids, labels, attended in zip(*arrays, strict=True):
+            yield labelling.labels_sha256(ids[attended == 1], labels[attended == 1])

@@ -1,6 +1,10 @@
 """TRL's loss, fitted to the device."""
 
 from textwrap import shorten
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
 
 CPU_TILE = (256, 4096)  # positions x words whose logits are held at a time: 4 MiB
 
@@ -32,3 +36,22 @@ def fit_loss(device: str, dtype: str) -> None:
         reason = shorten(str(error).rstrip("."), 200)
         print(f"TRL's Triton kernels do not run ({reason}): the loss uses torch operations.")
         chunked_logprob._use_triton = lambda device: False
+
+
+def compare_losses(trainer: "SFTTrainer") -> tuple[float, float]:
+    """The loss of a batch of the two shortest rows: the trainer's, and the mean of -log p by hand.
+
+    Dropout is off. By hand, all logits of the batch are held in float32.
+    """
+    import torch
+
+    shortest = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))[:2]
+    model = trainer.model.eval()
+    batch = {key: t.to(model.device) for key, t in trainer.data_collator(shortest).items()}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        by_trainer = trainer.compute_loss(model, batch.copy())
+        log_p = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    targets = batch["labels"][:, 1:]
+    of_target = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return by_trainer.item(), -of_target[targets != -100].mean().item()

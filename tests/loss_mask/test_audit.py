@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from tiny import TINY
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from atlas_lib import artifacts, data, models, stages, template
 from atlas_lib.config import load_config
@@ -247,14 +248,22 @@ TRAINER_FAULTS = {
 }
 
 
+def batches_of(rows: list[dict]) -> list[dict]:
+    """TRL's batches, the first of two rows, in another order than the audit's."""
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    return [collate([rows[-1], rows[0]]), collate(rows[1:-1])]
+
+
 @pytest.mark.parametrize("fault", TRAINER_FAULTS)
-def test_a_trainer_whose_labels_differ_is_refused(audited, fault):
+def test_batches_whose_labels_differ_are_refused(audited, fault):
     _, folder, rows = audited
-    assert audit.check_trainer(rows, folder) == 3
+    records = audit.read_records(folder)
+    assert audit.check_batches(batches_of(rows), records) == 3
+    faulty = [*rows[:2], TRAINER_FAULTS[fault](rows[2])]
     with pytest.raises(ValueError, match=r"labels of conversation 2 are not those"):
-        audit.check_trainer([*rows[:2], TRAINER_FAULTS[fault](rows[2])], folder)
-    with pytest.raises(ValueError, match=r"2 rows in the trainer, 3 in the audit"):
-        audit.check_trainer(rows[:2], folder)
+        audit.check_batches(batches_of(faulty), records)
+    with pytest.raises(ValueError, match=r"2 rows in its batches, 3 in the audit"):
+        audit.check_batches(batches_of(rows)[:1], records)
 
 
 def test_the_gate_refuses_a_failed_audit(audited, tiny_config, tmp_path):
