@@ -1,6 +1,7 @@
 """Start a notebook, show its figures, and execute notebooks headless."""
 
 import contextlib
+import html
 import os
 import signal
 import sys
@@ -75,6 +76,14 @@ def show_figure(figure: "Figure", alt: str, label: str = "") -> None:
     plt.setp(figure.findobj(plt.Text), parse_math=False)  # a $ in a name starts no formula
     display(figure, metadata={"image/png": {"alt": alt}})
     plt.close(figure)  # the inline backend would show it a second time, without the text
+
+
+def show_page(page: str, title: str) -> None:
+    """Display a self-contained HTML page in a frame of its own."""
+    from IPython.display import HTML, display
+
+    frame = f'<iframe title="{title}" style="width:100%;height:32rem" srcdoc="{html.escape(page)}">'
+    display(HTML(f"<div>{frame}</iframe></div>"))
 
 
 def execute(name: str, out: Path, parameters: dict[str, Any]) -> Path:

@@ -71,7 +71,7 @@ import math
 from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, devices, models, notebooks, session, sources
-from atlas_lib.evaluate import grid, guardrails, ifeval, significance, tables
+from atlas_lib.evaluate import explorer, grid, guardrails, ifeval, significance, tables
 
 config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
@@ -315,6 +315,15 @@ for heading, failing, passing in (("won", a, b), ("lost", b, a)):
         print(f"  not followed by {' '.join(failing)}: {', '.join(failed)}\n")
 
 # %% [markdown]
+# The frame below lists every prompt by the outcome of the primary comparison. Open one to read all
+# responses and what each of them did not follow. The same page is stored as
+# `04_ifeval_eval/responses.html`; websites that show no frames leave it out.
+
+# %%
+page = explorer.render_page(prompts, responses, verdicts, primary, config.label)
+notebooks.show_page(page, "Every prompt and response")
+
+# %% [markdown]
 # ## Sensitivity
 #
 # A test without a significant result does not show that there is no effect. The first number is the
@@ -347,6 +356,7 @@ with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []
         keyed = [{"key": p["key"], "prompt": p["prompt"], **response} for p, response in pairs]
         artifacts.write_jsonl(folder / "responses" / file, keyed)
         artifacts.write_jsonl(folder / "scores" / file, verdicts[name, prompt_format])
+    artifacts.write_lines(folder / "responses.html", [page])
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
 

@@ -103,3 +103,20 @@ def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
     finally:
         random.setstate(state)
     return found
+
+
+def described(prompt: dict) -> list[str]:
+    """What each instruction of `prompt` demands, in the words of its checker."""
+    registry = lm_eval_checkers().instructions_registry.INSTRUCTION_DICT
+    state, found = random.getstate(), []
+    random.seed(str(prompt["key"]))  # as in `followed`
+    try:
+        for name, given in zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True):
+            instruction = registry[name](name)
+            text = instruction.build_description(**{k: v for k, v in given.items() if v})
+            if "prompt" in (instruction.get_instruction_args() or {}):
+                text = instruction.build_description(prompt=prompt["prompt"])
+            found.append(text)
+    finally:
+        random.setstate(state)
+    return found

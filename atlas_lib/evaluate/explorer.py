@@ -1,0 +1,65 @@
+"""One self-contained HTML page with every response of an evaluation."""
+
+from pathlib import Path
+
+import jinja2
+
+from atlas_lib import notebooks
+from atlas_lib.evaluate.checkers import described
+
+PAGE = Path(__file__).with_suffix(".html.jinja")
+BUDGET = 600_000  # characters of responses on a page, which then stays below 1 MB
+LIMITS = (100_000, 4_000, 2_000, 1_000, 500, 250)  # of one response, the first that fits is taken
+OUTCOMES = {
+    "won": "passed by the second model only",
+    "lost": "passed by the first model only",
+    "neither": "passed by neither",
+    "both": "passed by both",
+}
+
+
+def render_page(
+    prompts: list[dict],
+    responses: dict[tuple[str, str], list[dict]],
+    verdicts: dict[tuple[str, str], list[dict]],
+    primary: dict,
+    label: str,
+) -> str:
+    """The HTML text; prompts are grouped by the outcome of the comparison `primary`.
+
+    A response is shown up to the largest of LIMITS that keeps the page within BUDGET.
+    """
+    lengths = [len(r["response"]) for given in responses.values() for r in given]
+    fitting = (limit for limit in LIMITS if sum(min(n, limit) for n in lengths) <= BUDGET)
+    limit = next(fitting, LIMITS[-1])
+    a, b = tuple(primary["a"]), tuple(primary["b"])
+    groups: dict[str, list[dict]] = {outcome: [] for outcome in OUTCOMES}
+    for index, prompt in enumerate(prompts):
+        passed = {row: verdicts[row][index]["prompt_strict"] for row in responses}
+        outcome = ("neither", "lost", "won", "both")[passed[a] + 2 * passed[b]]
+        groups[outcome].append(
+            {
+                "key": prompt["key"],
+                "prompt": notebooks.printable(prompt["prompt"]),
+                "types": prompt["instruction_id_list"],
+                "demands": described(prompt),
+                "responses": [
+                    {
+                        "model": " ".join(row),
+                        "text": notebooks.printable(given[index]["response"][:limit]),
+                        "cut": len(given[index]["response"]) - limit,
+                        "tokens": given[index]["n_tokens"],
+                        "stop": given[index]["stop"] or "the length limit",
+                        "passed": passed[row],
+                        "followed": verdicts[row][index]["strict"],
+                    }
+                    for row, given in responses.items()
+                ],
+            }
+        )
+    template = jinja2.Template(PAGE.read_text("utf-8"), autoescape=True, trim_blocks=True)
+    types = sorted({name for prompt in prompts for name in prompt["instruction_id_list"]})
+    models = [" ".join(row) for row in responses]
+    return template.render(
+        groups=groups, outcomes=OUTCOMES, types=types, models=models, primary=primary, label=label
+    )
