@@ -63,7 +63,7 @@ bootstrap.ensure()
 from IPython.display import HTML, Markdown
 
 from atlas_lib import artifacts, data, models, notebooks, stages, template
-from atlas_lib.loss_mask import audit, labelling, token_rows
+from atlas_lib.loss_mask import audit, labelling, page, token_rows
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
 
 config, out = notebooks.start("02_template_audit", CONFIG, OVERLAY, OUT, SET)
@@ -185,6 +185,14 @@ import pandas as pd
 
 counts = {key: f"{summary[key]:,}" for key in ("rows", *audit.COUNTED)}
 pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_share']:.1%}"}})
+
+# %% [markdown]
+# The frame below holds the first conversations; open one to see each token, and beside it the mask
+# of TRL's own template where that differs.
+
+# %%
+auditor = audit.Auditor(tokenizer, chat_template, config)
+notebooks.show_page(page.render_page(auditor, conversations[:50], config.label), "Audited rows")
 
 # %% [markdown]
 # `rows_failed` counts the conversations in which the masks differ anywhere, or that fail another

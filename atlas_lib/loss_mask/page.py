@@ -1,45 +1,67 @@
-"""One self-contained HTML page that shows any row of an audit, every token coloured."""
+"""One self-contained HTML page that shows the rows of an audit, every token coloured."""
 
-import json
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, notebooks
 from atlas_lib.loss_mask.audit import Auditor
 from atlas_lib.loss_mask.token_rows import TokenRow
 
 PAGE = Path(__file__).with_suffix(".html.jinja")
-ROWS = 500  # rows of a page, failed ones first: about 5 kB each
+BUDGET = 950_000  # bytes of a page
 
 
 def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
-    """Write the page with up to ROWS conversations, those that failed first."""
-    failed, others = [], []
+    """Write the page of `render_page`."""
+    artifacts.write_lines(path, [render_page(auditor, conversations, path.stem)])
+
+
+def render_page(auditor: Auditor, conversations: Iterable, name: str) -> str:
+    """The HTML text of the page: conversations that failed first, as many as fit into BUDGET."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(PAGE.read_text("utf-8"))
+    blocks: dict[bool, list[str]] = {True: [], False: []}  # those that failed, the others
+    left, judged = BUDGET - len(template.render(blocks=[], name=name).encode()), 0
     for record, rows, opinions in auditor.judge(conversations):
-        if record["verdict"] == "failed" or len(others) < ROWS:
-            shown = {"idx": record["idx"], "verdict": record["verdict"], "error": record["error"]}
-            pairs = zip(rows, opinions, strict=True)
-            shown["rows"] = [
-                _as_tokens(row, {"learned": row.mask, **auditor.references(row, opinion)}, auditor)
-                for row, opinion in pairs
-            ]
-            (failed if record["verdict"] == "failed" else others).append(shown)
-    data = json.dumps([*failed, *others][:ROWS], ensure_ascii=False).replace("<", "\\u003c")
-    template = jinja2.Template(PAGE.read_text("utf-8"), autoescape=True)
-    artifacts.write_lines(path, [template.render(data=data, name=path.stem)])
+        judged += 1
+        panels = [
+            _panels(row, {"learned": row.mask, **auditor.references(row, opinion)}, auditor)
+            for row, opinion in zip(rows, opinions, strict=True)
+        ]
+        block = template.module.block(record, panels)
+        if record["verdict"] == "failed" or sum(map(len, blocks[False])) < left:
+            blocks[record["verdict"] == "failed"].append(block)
+    shown = []
+    for block in (*blocks[True], *blocks[False]):
+        left -= len(block.encode())
+        if left < 0:
+            break
+        shown.append(block)
+    return template.render(blocks=shown, name=name, judged=judged)
 
 
-def _as_tokens(row: TokenRow, masks: dict[str, np.ndarray], auditor: Auditor) -> dict:
-    """{"tokens": text of each token, "masks": {method: one 0 or 1 per token}}."""
+def _panels(row: TokenRow, masks: dict[str, np.ndarray], auditor: Auditor) -> list[dict]:
+    """The row once for what is learned, and once for each method that differs from it.
+
+    A panel has the `names` of the methods that agree and `runs`: (learned, differs, tokens).
+    """
     ends = [0, *np.maximum.accumulate(row.offsets[:, 1]).tolist()]
+    tokens = [notebooks.printable(row.row.text[start:end]) for start, end in pairwise(ends)]
     if not auditor.marked:
         del masks["prefixes"]  # the rows are trained from them
     masks |= {"TRL's template": auditor.trl_mask(row)} if auditor.trl_template else {}
-    return {
-        "tokens": [row.row.text[start:end] for start, end in pairwise(ends)],
-        "masks": {name: "".join(str(int(bit)) for bit in mask) for name, mask in masks.items()},
-    }
+    names: dict[bytes, list[str]] = {}
+    for name, mask in masks.items():
+        names.setdefault(np.asarray(mask, dtype=bool).tobytes(), []).append(name)
+    panels = []
+    for packed, agreeing in names.items():
+        mask = np.frombuffer(packed, dtype=bool)
+        kinds = zip(mask.tolist(), (mask != row.mask).tolist(), tokens, strict=True)
+        grouped = groupby(kinds, key=lambda kind: kind[:2])
+        runs = [(*kind, [token for *_, token in run]) for kind, run in grouped]
+        panels.append({"names": agreeing, "differing": int((mask != row.mask).sum()), "runs": runs})
+    return panels

@@ -1,6 +1,7 @@
 """`python -m atlas_lib.audit --tokenizer X --data FILE`: what it finds, and what it refuses."""
 
 import json
+import re
 import sys
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 import templates
 from chat_cases import CALL, CHAT
 
-from atlas_lib.loss_mask import command, labelling
+from atlas_lib.loss_mask import command, labelling, page
 from atlas_lib.loss_mask.token_rows import labelled
 from atlas_lib.loss_mask.turns import ChatTemplate
 
@@ -278,18 +279,30 @@ def test_a_whole_conversation_is_not_exact_where_history_is_rewritten(prove, tok
 
 
 def test_report_and_page_show_every_row(prove, tmp_path):
-    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    report, path = tmp_path / "report.json", tmp_path / "page.html"
     script = [{"role": "user", "content": "</script><b>"}, OTHER[1]]
-    status, _ = prove(templates.THINK, [CHAT, script], "--json", report, "--html", page)
+    status, _ = prove(templates.THINK, [CHAT, script], "--json", report, "--html", path)
     assert status == 0
     assert json.loads(report.read_text("utf-8"))["status"] == {"history": 1, "exact": 2}
-    html = page.read_text("utf-8")
+    html = path.read_text("utf-8")
     assert "http" not in html
-    data = html.split('id="data">')[1].split("</script>")[0]
-    first, second = json.loads(data)
-    assert [row["idx"] for row in (first, second)] == [0, 1]
-    assert len(first["rows"]) == 2
-    shown = second["rows"][0]
-    assert "".join(shown["tokens"]).startswith("<|im_start|>user\n</script><b><|im_end|>")
-    assert set(shown["masks"]) == {"learned", "sentinels"}  # learned are those of the prefixes
-    assert {len(mask) for mask in shown["masks"].values()} == {len(shown["tokens"])}
+    assert "<script" not in html
+    assert "2 of 2 conversations" in html
+    assert html.count('<div class="row">') == 3  # two rows of the first, one of the second
+    assert "&lt;/script&gt;&lt;b&gt;" in re.sub(r"</?i>", "", html)
+    learned = re.findall(r"<b>(.*?)</b>", html, re.DOTALL)
+    texts = [re.sub(r"<.*?>", "", run) for run in learned]
+    assert [text.splitlines()[-1] for text in texts] == [
+        "Only me.&lt;|im_end|&gt;",
+        "Still me.&lt;|im_end|&gt;",
+        "Two of us.&lt;|im_end|&gt;",
+    ]
+
+
+def test_a_page_holds_as_many_conversations_as_fit(prove, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "BUDGET", 12_000)
+    path = tmp_path / "page.html"
+    prove(templates.CHATML, [CHAT] * 40, "--html", path)
+    shown, judged = map(int, re.search(r"(\d+) of (\d+) conversations", path.read_text()).groups())
+    assert (0 < shown < judged) and judged == 40
+    assert 8_000 < path.stat().st_size <= 12_000
