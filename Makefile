@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(BIN)/python -m tools.run
+# Two processes of about 3 GB each; a file's tests share what they have built.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 .DEFAULT_GOAL := run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
   sweep publish survey site bench clean damaged
@@ -30,10 +32,10 @@ eval: setup             ## base, SFT and Instruct on IFEval, on a GPU
 	@$(NOTEBOOKS) 04_ifeval_eval $(ARGS)
 
 test: .venv/dev.stamp   ## all tests that need only Python
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: .venv/dev.stamp  ## also tests that need package registries or a PostgreSQL server
-	@ATLAS_TEST_DOWNLOADS=1 $(BIN)/python -m pytest $(ARGS)
+	@ATLAS_TEST_DOWNLOADS=1 $(PYTEST) $(ARGS)
 
 lint: .venv/dev.stamp   ## check the style of the code, and style and pairing of the notebooks
 	@$(BIN)/ruff check .
