@@ -10,12 +10,7 @@ from atlas_lib.evaluate.checkers import described
 PAGE = Path(__file__).with_suffix(".html.jinja")
 BUDGET = 600_000  # characters of responses on a page, which then stays below 1 MB
 LIMITS = (100_000, 4_000, 2_000, 1_000, 500, 250)  # of one response, the first that fits is taken
-OUTCOMES = {
-    "won": "passed by the second model only",
-    "lost": "passed by the first model only",
-    "neither": "passed by neither",
-    "both": "passed by both",
-}
+OUTCOMES = ("won", "lost", "neither", "both")
 
 
 def render_page(
@@ -33,6 +28,7 @@ def render_page(
     fitting = (limit for limit in LIMITS if sum(min(n, limit) for n in lengths) <= BUDGET)
     limit = next(fitting, LIMITS[-1])
     a, b = tuple(primary["a"]), tuple(primary["b"])
+    responses = {row: responses[row] for row in (b, a, *responses)}  # the two come first
     groups: dict[str, list[dict]] = {outcome: [] for outcome in OUTCOMES}
     for index, prompt in enumerate(prompts):
         passed = {row: verdicts[row][index]["prompt_strict"] for row in responses}
@@ -60,6 +56,4 @@ def render_page(
     template = jinja2.Template(PAGE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     types = sorted({name for prompt in prompts for name in prompt["instruction_id_list"]})
     models = [" ".join(row) for row in responses]
-    return template.render(
-        groups=groups, outcomes=OUTCOMES, types=types, models=models, primary=primary, label=label
-    )
+    return template.render(groups=groups, types=types, models=models, primary=primary, label=label)

@@ -49,9 +49,9 @@ def test_every_response_is_there_by_outcome_with_what_it_did_not_follow():
     page = page_of({ROWS[0]: base, ROWS[1]: sft})
     found = Reader(page)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert [heading.split(":")[0] for heading in headings] == [
-        "Won (1)",
-        "Lost (1)",
+    assert headings == [
+        "Won (1): passed by SFT chat only",
+        "Lost (1): passed by base chat only",
         "Neither (1)",
         "Both (0)",
     ]

@@ -179,6 +179,18 @@ def test_every_page_in_a_browser(site, browser, size, scheme):
 
 
 @in_a_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_pages_in_frames(site, browser, size, scheme, tmp_path):
+    """The audited rows of notebook 02 and the responses of notebook 04, opened by themselves."""
+    for path in (site / "notebooks").glob("*.html"):
+        for frame in BeautifulSoup(path.read_bytes(), "html.parser").select("iframe[srcdoc]"):
+            (tmp_path / f"{path.stem}.html").write_text(frame["srcdoc"], "utf-8")
+    assert len(list(tmp_path.glob("*.html"))) == 2
+    assert problems(browser, tmp_path, size, scheme, tmp_path) == []
+
+
+@in_a_browser
 def test_the_table_of_templates_is_filtered_by_repository(site, browser):
     page = browser.new_page()
     page.goto((site / "loss.html").as_uri())
