@@ -12,17 +12,7 @@ from pathlib import Path
 
 from atlas_lib import artifacts, notebooks, sources
 from atlas_lib.evaluate import decoding, ifeval_files, significance, tables
-from atlas_lib.evaluate.checkers import MODES, ensure_punkt, followed
-
-
-def score(prompts: list[dict], responses: list[str]) -> list[dict]:
-    """Verdicts {key, instruction_id_list, strict, loose, prompt_strict, prompt_loose}, in order."""
-    verdicts = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        passed = followed(prompt, response)
-        whole = {f"prompt_{mode}": all(passed[mode]) for mode in MODES}
-        verdicts.append({k: prompt[k] for k in ("key", "instruction_id_list")} | passed | whole)
-    return verdicts
+from atlas_lib.evaluate.checkers import MODES, ensure_punkt, score
 
 
 def summarise(verdicts: list[dict]) -> dict:

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,16 +49,21 @@ def load_prompts(name: str, revision: str | None = None, limit: int | None = Non
 
     Raises ValueError that names the first row that cannot be scored, before anything is generated.
     """
+    rows = data.load_rows(name, revision, "train")
+    return _checked_prompts(name, itertools.islice(rows, limit))
+
+
+def _checked_prompts(source: Any, rows: Iterable[dict]) -> list[dict]:
     known = checkers.lm_eval_checkers().instructions_registry.INSTRUCTION_DICT
-    prompts, rows = [], data.load_rows(name, revision, "train")
-    for number, row in enumerate(itertools.islice(rows, limit), start=1):
+    prompts = []
+    for number, row in enumerate(rows, start=1):
         try:
             prompts.append(_scorable(row, known))
         except Exception as error:  # a checker raises what it happens to meet
             key = f", key {row['key']!r}" if isinstance(row, dict) and "key" in row else ""
             problem = str(error) if type(error) is ValueError else f"the checkers raise {error!r}."
-            raise ValueError(f"{name}, row {number}{key}: {problem}") from None
-    _check_keys(name, prompts, "prompts")
+            raise ValueError(f"{source}, row {number}{key}: {problem}") from None
+    _check_keys(source, prompts, "prompts")
     return prompts
 
 
@@ -130,9 +135,15 @@ def load_responses(path: Path, prompts: list[dict]) -> list[str]:
 
 
 def load_verdicts(path: Path) -> list[dict]:
-    """Verdicts from a file, or a folder, that `score` wrote. Raises ValueError for other files."""
+    """Verdicts from a file, or a folder, that `score` wrote, or from a log of lm-eval's samples.
+
+    The responses of a log of the task ifeval (--log_samples) are scored again. Raises ValueError.
+    """
     path = path / VERDICTS_NAME if path.is_dir() else path
     rows = artifacts.read_jsonl(path)
+    if rows and "doc" in rows[0]:
+        prompts = _checked_prompts(path, (row.get("doc") for row in rows))
+        return checkers.score(prompts, [row["filtered_resps"][0] for row in rows])
     if not all(row.keys() >= VERDICT_FIELDS for row in rows):
         rows = []
     _check_keys(path, rows, "verdicts; write them with the command `score`")
