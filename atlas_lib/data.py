@@ -63,9 +63,10 @@ def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
         return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)
     except Exception as error:  # each of its loaders has exceptions of its own
         reason = textwrap.shorten(str(error.__cause__ or error), 200)
+        fix = "training data is read from the split data.split, prompts from 'train'"
         raise ValueError(
-            f"{place}: datasets cannot load the split {split!r} ({reason}); training data is read "
-            "from the split data.split, prompts from 'train'."
+            f"{place}: datasets cannot load the split {split!r} ({reason}); "
+            f"{sources.remedy(error, fix)}."
         ) from None
 
 

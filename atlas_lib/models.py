@@ -52,9 +52,10 @@ def _refusing(place: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        needed = "Atlas needs config.json, a tokenizer and complete safetensors, and runs no code "
+        reason, fix = shorten(str(error).rstrip("."), 200), f"{needed}of a model"
         raise ValueError(
-            f"{place} cannot be loaded ({shorten(str(error).rstrip('.'), 200)}); Atlas needs "
-            "config.json, a tokenizer and complete safetensors, and runs no code of a model."
+            f"{place} cannot be loaded ({reason}); {sources.remedy(error, fix)}."
         ) from error
 
 
