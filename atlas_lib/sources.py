@@ -14,9 +14,8 @@ from atlas_lib.bootstrap import ROOT
 from atlas_lib.schema import Config
 
 EMBEDDED = "embedded:"
-# What failed while a source was loaded, by the name of the exception's class, and what to do.
-REMEDIES = {
-    "TransportError": "the hub stopped answering: run it again, complete files are kept",  # httpx
+REMEDIES = {  # class of an exception that ended a load -> what to do; httpx has the first
+    "TransportError": "the hub stopped answering: run it again, complete files are kept",
     "OutOfMemoryError": "end the process that uses the GPU's memory (`nvidia-smi` lists them)",
 }
 NAMED = ("data.dataset", "model.base", "model.tokenizer", "model.instruct", "model.adapter")
@@ -57,12 +56,11 @@ def fetch(
 
 def remedy(error: BaseException | None, otherwise: str) -> str:
     """What to do about a load that failed: for the hub or the GPU, else `otherwise`."""
+    kinds = []
     while error:
-        for kind in type(error).__mro__:
-            if kind.__name__ in REMEDIES:
-                return REMEDIES[kind.__name__]
+        kinds += [kind.__name__ for kind in type(error).__mro__]
         error = error.__cause__ or error.__context__
-    return otherwise
+    return next((REMEDIES[kind] for kind in kinds if kind in REMEDIES), otherwise)
 
 
 def content(name: str, config: Config) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def test_a_hub_that_stalls_during_a_download_is_named_and_a_later_run_goes_on(on
 
 def test_a_download_that_is_not_complete_is_not_taken_for_the_split(on_hub, tmp_path):
     """Without a hub, huggingface_hub gives the part of the files that is on disk."""
-    hub, load = on_hub
+    _, load = on_hub
     load()
     [second] = (tmp_path / "home").rglob("snapshots/*/data/train_sft-00001-*.parquet")
     second.unlink()
@@ -370,7 +370,8 @@ def test_a_download_that_is_not_complete_is_not_taken_for_the_split(on_hub, tmp_
 
 def test_a_hub_dataset_without_files_by_split_is_loaded_by_its_card(on_hub):
     hub, load = on_hub
-    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_sft\n    path: a.jsonl\n---"
+    files = b"  data_files:\n  - split: train_sft\n    path: a.jsonl\n"
+    card = b"---\nconfigs:\n- config_name: default\n" + files + b"---"
     rows = "".join(f"{json.dumps(row)}\n" for row in numbered(6)).encode()
     hub.datasets["team/chats"] = {"README.md": card, "a.jsonl": rows}
     assert load().startswith("['question ")

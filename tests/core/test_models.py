@@ -161,9 +161,11 @@ def test_code_in_a_models_folder_is_never_run_nor_offered(folder, monkeypatch):
 
 def test_a_hub_that_stalls_is_not_called_a_damaged_folder(folder, tmp_path):
     code = (
-        "import sys; from atlas_lib import models, devices; from atlas_lib.config import load_config\n"
+        "import sys; from atlas_lib import models, devices\n"
+        "from atlas_lib.config import load_config\n"
         "given = {'model.base': 'team/m', 'model.base_revision': sys.argv[1]}\n"
-        "config, cpu = load_config('sft_qwen05b', '', given), devices.Device('cpu', 'float32', '')\n"
+        "config = load_config('sft_qwen05b', '', given)\n"
+        "cpu = devices.Device('cpu', 'float32', 'test')\n"
         "models.load_weights('base', config, cpu, False)"
     )
     with stub_hub.serve() as hub:

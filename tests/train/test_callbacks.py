@@ -243,7 +243,7 @@ class FullDisk(TrainerCallback):
 
 
 def test_a_disk_that_fills_during_a_checkpoint_keeps_the_one_before(checkpoints, tmp_path):
-    """The trainer's own writers of weights and optimizer, on a model that is larger than the rest."""
+    """The trainer's own writers of weights and optimizer, on a model larger than the limit."""
     saver = checkpoints({"run.checkpoint_minutes": 0})
     shape = Qwen2Config(
         vocab_size=256,
