@@ -63,10 +63,9 @@ def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
         return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)
     except Exception as error:  # each of its loaders has exceptions of its own
         reason = textwrap.shorten(str(error.__cause__ or error), 200)
-        raise ValueError(
-            f"{place}: datasets cannot load the split {split!r} ({reason}); training data is read "
-            "from the split data.split, prompts from 'train'."
-        ) from None
+        wrong = f"datasets cannot load the split {split!r} ({reason})"
+        fix = "training data is read from the split data.split, prompts from 'train'"
+        raise ValueError(f"{place}: {wrong}; {sources.remedy(error, fix)}.") from None
 
 
 def _split_files(place: str, revision: str | None, split: str) -> list[str]:
@@ -75,9 +74,8 @@ def _split_files(place: str, revision: str | None, split: str) -> list[str]:
 
     pattern = f"data/{split}-*.parquet"
     try:
-        folder = snapshot_download(
-            place, revision=revision, repo_type="dataset", allow_patterns=[pattern]
-        )
+        options = {"repo_type": "dataset", "allow_patterns": pattern}
+        folder = snapshot_download(place, revision=revision, **options)
     except errors.LocalEntryNotFoundError:  # without a hub, `datasets` may have it in its own cache
         return []
     return sorted(map(str, Path(folder).glob(pattern)))

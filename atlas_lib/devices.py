@@ -54,6 +54,8 @@ def gpu_available(config: Config) -> bool:
     if config.run.require_gpu and not found:
         cause = "No CUDA GPU here, and this configuration would compute for hours on a CPU: run it "
         cause += "on a T4 (Kaggle: Settings > Accelerator; Colab: Runtime > Change runtime type)"
+        if os.environ[VISIBLE] != os.environ.get(NARROWED):
+            cause = f"{VISIBLE} is {os.environ[VISIBLE]!r} and hides all other GPUs. {cause}"
         if visible_gpus():
             cause = f"PyTorch cannot use the GPU ({_failure()}): update its driver"
         raise RuntimeError(

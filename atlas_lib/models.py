@@ -52,10 +52,10 @@ def _refusing(place: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(
-            f"{place} cannot be loaded ({shorten(str(error).rstrip('.'), 200)}); Atlas needs "
-            "config.json, a tokenizer and complete safetensors, and runs no code of a model."
-        ) from error
+        why = shorten(str(error).rstrip("."), 200)
+        fix = "Atlas needs config.json, a tokenizer and complete safetensors, and runs no code"
+        fix = sources.remedy(error, f"{fix} of a model")
+        raise ValueError(f"{place} cannot be loaded ({why}); {fix}.") from error
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Config) -> int:

@@ -14,6 +14,10 @@ from atlas_lib.bootstrap import ROOT
 from atlas_lib.schema import Config
 
 EMBEDDED = "embedded:"
+REMEDIES = {  # class of an exception that ended a load -> what to do; httpx has the first
+    "TransportError": "the hub stopped answering: run it again, complete files are kept",
+    "OutOfMemoryError": "end the process that uses the GPU's memory (`nvidia-smi` lists them)",
+}
 NAMED = ("data.dataset", "model.base", "model.tokenizer", "model.instruct", "model.adapter")
 NAMED += ("eval.prompts", "model.chat_template")  # the keys whose values name a source
 FILE_TYPES = {".jsonl", ".json", ".csv", ".gz"}  # a name with one is a file, never a hub id
@@ -48,6 +52,15 @@ def fetch(
         raise FileNotFoundError(f"{name} does not exist; give an existing file or a hub id.")
     check_hub(name, revision, "dataset" if kind == "dataset" else "model")
     return name, revision
+
+
+def remedy(error: BaseException | None, otherwise: str) -> str:
+    """What to do about a load that failed: for the hub or the GPU, else `otherwise`."""
+    kinds = []
+    while error:
+        kinds += [kind.__name__ for kind in type(error).__mro__]
+        error = error.__cause__ or error.__context__
+    return next((REMEDIES[kind] for kind in kinds if kind in REMEDIES), otherwise)
 
 
 def content(name: str, config: Config) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -327,8 +328,7 @@ def on_hub(tmp_path):
             environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": stub_hub.TOKEN} | given
             environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
             done = run_python("-c", LOAD, stub_hub.COMMIT, **environment)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stdout.splitlines()[-1]
+            return (done.stderr if done.returncode else done.stdout).splitlines()[-1]
 
         yield hub, load
 
@@ -345,3 +345,33 @@ def test_one_split_of_a_hub_dataset_is_downloaded_once(on_hub):
     assert load() == first
     assert [line for line in hub.requests if "/datasets/" in line] == []  # all of it is on disk
     assert load(HF_HUB_OFFLINE="1") == first
+
+
+def test_a_hub_that_stalls_during_a_download_is_named_and_a_later_run_goes_on(on_hub):
+    hub, load = on_hub
+    hub.plant("stall")
+    sentence = load(HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert sentence.startswith("ValueError: team/chats: datasets cannot load the split 'train_sft'")
+    assert sentence.endswith("the hub stopped answering: run it again, complete files are kept.")
+    hub.plant()
+    assert load().startswith("['question ")
+
+
+def test_a_download_that_is_not_complete_is_not_taken_for_the_split(on_hub, tmp_path):
+    """Without a hub, huggingface_hub gives the part of the files that is on disk."""
+    _, load = on_hub
+    load()
+    [second] = (tmp_path / "home").rglob("snapshots/*/data/train_sft-00001-*.parquet")
+    second.unlink()
+    shutil.rmtree(tmp_path / "home" / "datasets")
+    for gone in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        assert load(**gone).startswith("ValueError: team/chats: datasets cannot load the split")
+
+
+def test_a_hub_dataset_without_files_by_split_is_loaded_by_its_card(on_hub):
+    hub, load = on_hub
+    files = b"  data_files:\n  - split: train_sft\n    path: a.jsonl\n"
+    card = b"---\nconfigs:\n- config_name: default\n" + files + b"---"
+    rows = "".join(f"{json.dumps(row)}\n" for row in numbered(6)).encode()
+    hub.datasets["team/chats"] = {"README.md": card, "a.jsonl": rows}
+    assert load().startswith("['question ")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import bitsandbytes
 import pytest
+import stub_hub
 import torch
-from checks import refusal
+import transformers
+from checks import refusal, run_python
 from safetensors.torch import load_file, save_file
 from tiny import TINY
 
@@ -155,3 +157,38 @@ def test_code_in_a_models_folder_is_never_run_nor_offered(folder, monkeypatch):
         assert "runs no code" in sentence
     assert not asked
     assert not (folder / "ran").exists()
+
+
+def test_a_hub_that_stalls_is_not_called_a_damaged_folder(folder, tmp_path):
+    code = (
+        "import sys; from atlas_lib import models, devices\n"
+        "from atlas_lib.config import load_config\n"
+        "given = {'model.base': 'team/m', 'model.base_revision': sys.argv[1]}\n"
+        "config = load_config('sft_qwen05b', '', given)\n"
+        "cpu = devices.Device('cpu', 'float32', 'test')\n"
+        "models.load_weights('base', config, cpu, False)"
+    )
+    with stub_hub.serve() as hub:
+        hub.hold("team/m", private=False)
+        hub.files["team/m"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.plant("stall")
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": stub_hub.TOKEN}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+        done = run_python("-c", code, stub_hub.COMMIT, **environment)
+    sentence = done.stderr.splitlines()[-1]
+    assert sentence.startswith("ValueError: team/m cannot be loaded")
+    assert sentence.endswith("the hub stopped answering: run it again, complete files are kept.")
+
+
+def test_a_gpu_whose_memory_is_taken_is_not_called_a_damaged_folder(folder, monkeypatch):
+    full = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 5.00 MiB free."
+
+    def load(*_, **options):
+        raise torch.OutOfMemoryError(full)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    sentence = refusal(models.load_weights, "base", local(folder), CPU, False)
+    assert "CUDA out of memory" in sentence
+    assert "end the process that uses the GPU's memory (`nvidia-smi` lists them)" in sentence
+    assert "config.json" not in sentence

@@ -281,6 +281,13 @@ def test_a_driver_that_is_too_old_is_not_called_no_gpu(two_gpus, config, monkeyp
     assert "No CUDA GPU" not in sentence
 
 
+def test_hidden_gpus_are_named_with_the_variable(two_gpus, config, monkeypatch):
+    gpu(monkeypatch, None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sentence = refusal(devices.choose_device, config, kind=RuntimeError)
+    assert sentence.startswith("CUDA_VISIBLE_DEVICES is '' and hides all other GPUs. No CUDA GPU")
+
+
 # --- secrets --------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import stat
+import sys
 from pathlib import Path
 
 import filelock
@@ -105,10 +106,22 @@ def test_an_interrupt_ends_the_processes(config, adapter, two_gpus, tmp_path):
     assert not list((tmp_path / grid.STORE).glob("*.jsonl"))
 
 
-def test_a_process_that_fails_is_named(config, adapter, two_gpus, tmp_path):
+def test_a_process_that_fails_is_named_and_the_error_is_that_of_this_one(
+    config, adapter, two_gpus, tmp_path, capsys
+):
     (tmp_path / grid.STORE).write_text("a file where the folder of responses belongs")
-    with pytest.raises(RuntimeError, match=r"The process on GPU \d failed"):
+    with pytest.raises(FileExistsError):
         generate_all(config, adapter, tmp_path)
+    assert "The process on GPU 1 failed (exit code 1)" in capsys.readouterr().out
+
+
+def test_what_killed_processes_leave_is_generated_by_this_one(
+    config, generated, adapter, two_gpus, tmp_path, capsys, monkeypatch
+):
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(grid, "command", lambda *_: [sys.executable, "-c", dies])
+    assert generate_all(config, adapter, tmp_path) == generated[0]
+    assert "The process on GPU 0 failed (exit code -9)" in capsys.readouterr().out
 
 
 def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch):

@@ -25,6 +25,7 @@ FAULTS = (
     "silent commit",  # no answer to a commit, ever
     "down",  # 503 to every question
     "silent",  # no answer to any question, ever
+    "stall",  # half of a file and then nothing, whatever range was asked for
     "echo",  # 400 to a new repository, quoting the request's token as a careless proxy would
     "portal",  # 200 and a page of HTML to every question, as a hotel's network does
 )
@@ -69,6 +70,10 @@ class Hub:
             return 200, {"type": "user", "name": USER, "orgs": orgs, "auth": access}
         if "/datasets/" in path:
             return self.answer_about_data(path)
+        if "/resolve/" in path:
+            repo, _, file = path.removeprefix("/").partition("/resolve/")
+            found = self.files.get(repo, {}).get(file.partition("/")[2])
+            return (404, "Entry not found") if found is None else (200, found)
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
@@ -112,7 +117,8 @@ class Hub:
         if files is None:
             return 404, "Repository not found"
         if what == "resolve":
-            return 200, files["/".join(file)]
+            found = files.get("/".join(file))
+            return (404, "Entry not found") if found is None else (200, found)
         if what == "tree":
             entry = {"type": "file", "oid": "0" * 40}
             return 200, [entry | {"path": path, "size": len(files[path])} for path in files]
@@ -157,7 +163,8 @@ def serve() -> Iterator[Hub]:
             if isinstance(content, str):
                 self.send_header("X-Error-Message", content)
                 if status == 404:
-                    self.send_header("X-Error-Code", "RepoNotFound")
+                    absent = "Entry" if "/resolve/" in path else "Repo"
+                    self.send_header("X-Error-Code", f"{absent}NotFound")
                 content = {"error": content}
             self.send_header("Content-Type", "application/json")
             if isinstance(content, bytes):  # a file
@@ -165,10 +172,15 @@ def serve() -> Iterator[Hub]:
                 self.send_header("X-Repo-Commit", COMMIT)
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(
-                    content if isinstance(content, bytes) else json.dumps(content).encode()
-                )
+            if self.command == "HEAD":
+                return
+            if isinstance(content, bytes) and "stall" in hub.faults:
+                self.wfile.write(content[: len(content) // 2])
+                hub.closing.wait()
+                return
+            self.wfile.write(
+                content if isinstance(content, bytes) else json.dumps(content).encode()
+            )
 
         do_POST = do_HEAD = do_GET
 

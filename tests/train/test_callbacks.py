@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,15 @@ from checks import ROOT
 from peft import LoraConfig, get_peft_model
 from peft.utils import save_and_load
 from tiny import TINY
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from atlas_lib import artifacts, devices, models
 from atlas_lib.config import load_config
@@ -222,6 +231,51 @@ def test_an_incomplete_checkpoint_is_not_resumed(checkpoints):
     assert again.resume_from == str(older)
     save(again, 5)
     assert not incomplete.exists()
+
+
+class FullDisk(TrainerCallback):
+    """From step 3 on, no file may grow beyond a few pages, as on a disk that has filled up."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+
+def test_a_disk_that_fills_during_a_checkpoint_keeps_the_one_before(checkpoints, tmp_path):
+    """The trainer's own writers of weights and optimizer, on a model larger than the limit."""
+    saver = checkpoints({"run.checkpoint_minutes": 0})
+    shape = Qwen2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = Qwen2ForCausalLM(shape)
+    arguments = TrainingArguments(
+        output_dir=str(saver.folder),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        max_steps=4,
+        per_device_train_batch_size=1,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[saver, FullDisk()])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(Exception, match=r"File too large|unexpected pos|write"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = checkpoints({"run.checkpoint_minutes": 0})
+    assert again.resumed_after == 2
+    rest = Trainer(Qwen2ForCausalLM(shape), arguments, train_dataset=rows, callbacks=[again])
+    assert rest.train(resume_from_checkpoint=again.resume_from).global_step == 4
+    assert [path.name for path in again.folder.iterdir()] == ["checkpoint-4"]
 
 
 # --- when a checkpoint is due ---------------------------------------------------------------------
