@@ -69,8 +69,8 @@ ROWS = {  # between a and c one change a row
 SAME_LOSS = ("a", "b", "c", "d")
 
 
-def build(folder: Path, shape: dict[str, int]) -> None:
-    """Save a Qwen2 of random weights, the same at each call; by default with the true vocabulary."""
+def build(folder: Path, shape: dict[str, Any]) -> None:
+    """Save a Qwen2 of random weights, the same at each call, by default with its vocabulary."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -33,8 +33,8 @@ LIMITS = {  # seconds, with about twenty for the imports of each process
     "gpus": 50,
 }
 NEEDED_GIB = 8.5  # a batch of the recipe without recomputing, its loss and the weights
-RESULTS = bootstrap.ROOT / "results"
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | bootstrap.ENVIRONMENT
+SILENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | bootstrap.ENVIRONMENT
+FIRST_GPU = {devices.VISIBLE: "0", devices.NARROWED: "0"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Claim:
 
     def limit(self) -> str:
         """The limit as text."""
-        return f">= {self.least:,g}" if self.least > float("-inf") else f"<= {self.most:,g}"
+        if self.least == float("-inf"):
+            return f"<= {self.most:,g}"
+        return f">= {self.least:,g}" + (f", <= {self.most:g}" if self.most < float("inf") else "")
 
     def judge(self, figures: dict[str, Any], card: str | None) -> str:
         """confirmed, refuted or "not judged"; `card` is None in a dry run."""
@@ -93,8 +95,8 @@ def main() -> None:
         print(notice)
     started = time.monotonic()
     measured = run_checks(args.dry)
-    card = measured["card"]["figures"]
-    name = None if args.dry else card["provenance"]["hardware"]
+    provenance = measured["card"]["figures"].get("provenance", {})
+    name = None if args.dry else provenance["hardware"]
     claims = judge_claims(measured, name)
     result = {
         "card": name,
@@ -102,10 +104,11 @@ def main() -> None:
         "seconds": time.monotonic() - started,
         "checks": {check: verdict_on(check, found, claims) for check, found in measured.items()},
         "claims": claims,
-        **card["provenance"],
+        **provenance,
     }
     print(table(result))
-    if file := args.json or (None if args.dry else RESULTS / f"gpu_{slug(name)}.json"):
+    default = None if args.dry else bootstrap.ROOT / "results" / file_name(name)
+    if file := args.json or default:
         artifacts.write_json(file, result)
         print(f"Results: {file}")
     if args.dry:
@@ -125,7 +128,7 @@ def run_checks(dry: bool) -> dict[str, dict[str, Any]]:
             limit = sum(LIMITS[name] for name in names)
             print(f"{', '.join(names)}: at most {limit} s, {left} s left in all", flush=True)
             measured |= run_process(names, Path(scratch), dry, limit)
-            if refusal := problem_of(measured["card"], dry):
+            if refusal := refusal_of(measured["card"], dry):
                 print(f"error: {refusal}", file=sys.stderr)
                 sys.exit(2)
     return measured
@@ -135,11 +138,12 @@ def run_process(
     names: list[str], folder: Path, dry: bool, limit: float
 ) -> dict[str, dict[str, Any]]:
     """What one process found, which is ended, with those it has started, after `limit` seconds."""
-    hidden = {devices.VISIBLE: ""} if dry else {}
+    # Set before any library looks for GPUs; a user's own choice comes first.
+    chosen = os.environ | {devices.VISIBLE: ""} if dry else FIRST_GPU | os.environ
     process = subprocess.Popen(
-        command(folder, dry, names),
+        measuring(folder, dry, names),
         cwd=bootstrap.ROOT,
-        env=os.environ | ENVIRONMENT | hidden,
+        env=chosen | SILENT,
         start_new_session=True,
     )
     try:
@@ -158,19 +162,19 @@ def run_process(
     return measured
 
 
-def command(folder: Path, dry: bool, names: list[str]) -> list[str]:
+def measuring(folder: Path, dry: bool, names: list[str]) -> list[str]:
     """The command that measures `names` into `folder`."""
     module = [sys.executable, "-m", "tools.gpu_measure"]
     return [*module, str(folder), "dry" if dry else "full", *names]
 
 
-def problem_of(card: dict[str, Any], dry: bool) -> str | None:
+def refusal_of(card: dict[str, Any], dry: bool) -> str | None:
     """Why this GPU cannot be checked, as a sentence with the fix, or None."""
     figures = card["figures"]
-    if card["error"]:
-        return f"The GPU cannot be used: {card['error'].rstrip('.')}."
     if dry or figures.get("free_gib", 0) >= NEEDED_GIB:
         return None
+    if card["error"]:
+        return f"The GPU cannot be used: {card['error'].rstrip('.')}."
     if figures["device"]["name"] == "cpu":
         listed = "update the driver of the GPU that nvidia-smi lists"
         fix = listed if figures["gpus_listed"] else "run this on a machine with one"
@@ -214,12 +218,12 @@ def verdict_on(check: str, found: dict[str, Any], claims: list[dict]) -> dict[st
 
 def table(result: dict[str, Any]) -> str:
     """Claims and checks, formatted for a terminal."""
-    lines = [f"\n{'check':<10}{'claim':<34}{'limit':>12}{'measured':>10}  verdict"]
+    lines = [f"\n{'check':<10}{'claim':<34}{'limit':>16}{'measured':>10}  verdict"]
     for row in result["claims"]:
         measured = "-" if row["measured"] is None else f"{row['measured']:,.4g}"
         where = "" if row["judged_on"] in ("any", "GPU") else f" ({row['judged_on']})"
         lines.append(
-            f"{row['check']:<10}{row['claim'] + where:<34}{row['limit']:>12}{measured:>10}  "
+            f"{row['check']:<10}{row['claim'] + where:<34}{row['limit']:>16}{measured:>10}  "
             f"{row['verdict']}"
         )
     lines.append("")
@@ -229,8 +233,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+def file_name(card: str) -> str:
+    """The name of a card's file of results, such as gpu_tesla_t4.json."""
+    return f"gpu_{re.sub(r'[^a-z0-9]+', '_', card.lower()).strip('_')}.json"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ FOLDER holds the random weights, built by the first process that needs them, and
 figures as they are found, so that a process that is ended leaves those it had.
 """
 
+import gc
+import json
 import os
 import subprocess
 import sys
@@ -27,13 +29,9 @@ from atlas_lib.evaluate import decoding
 from atlas_lib.train import callbacks, memory, trl_loss
 from benchmarks import train
 from benchmarks.eval import CHOICES, SPECIALS, drawn, tokenizer_for
-from tools.gpu_check import command
+from tools.gpu_check import measuring
 
-GIB = 2**30
-LENGTHS = (
-    1.0,
-    0.785,
-)  # of a batch's rows, as shares of max_length: UltraChat's mean of 914 of 1024
+LENGTHS = (1.0, 0.785)  # of rows, in shares of max_length; on average UltraChat's 914 of 1024
 SUPERVISED = 0.85  # of a row's tokens
 
 
@@ -41,7 +39,7 @@ SUPERVISED = 0.85  # of a row's tokens
 class Sizes:
     """How much is computed. The batch is the recipe's, with half of its accumulation."""
 
-    shape: dict[str, int] = field(default_factory=lambda: train.SHAPES["cuda"])
+    shape: dict[str, Any] = field(default_factory=lambda: train.SHAPES["cuda"])
     vocabulary: int = 151_936
     tokens: int = 1024
     accumulation: int = 2
@@ -52,12 +50,13 @@ class Sizes:
     new_tokens: int = 256  # a response
     compared: int = 8  # prompts whose responses are compared with model.generate's
     compared_tokens: int = 32
-    copied_bytes: int = GIB
+    copied_bytes: int = memory.GIB
 
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-DRY = Sizes(SMALL, 1024, 64, 1, 3, 2, 20.0, 12, 8, 4, 8, GIB // 64)
+SMALL |= {"initializer_range": 0.3}  # with 0.02 so small a model repeats its last token
+DRY = Sizes(SMALL, 1024, 64, 1, 3, 2, 20.0, 12, 8, 4, 8, memory.GIB // 64)
 
 
 class Task:
@@ -98,7 +97,7 @@ def card(task: Task) -> Iterator[dict]:
     found = {"device": asdict(task.device), "gpus_listed": devices.visible_gpus()}
     if task.device.name == "cuda":
         free, total = torch.cuda.mem_get_info()
-        found |= {"free_gib": free / GIB, "total_gib": total / GIB}
+        found |= {"free_gib": free / memory.GIB, "total_gib": total / memory.GIB}
     yield found | {"provenance": session.provenance()}
 
 
@@ -140,8 +139,8 @@ def loss_error(task: Task, dtype: torch.dtype) -> dict:
     exact = hidden.detach().float().requires_grad_()
     logits = exact @ weight.float().T
     expected = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    scored.mean().backward()
-    expected.mean().backward()
+    scored.sum().backward()
+    expected.sum().backward()
     return {
         "loss_on_triton": bool(chunked_logprob._use_triton(hidden.device)),
         "loss_error": relative_error(scored, expected),
@@ -163,39 +162,38 @@ def attention_error(task: Task, dtype: torch.dtype, rows: int, queries: int, key
     sizes = [(rows, heads, queries, width), *[(rows, groups, keys, width)] * 2]
     parts = [torch.randn(size, device=task.device.name) for size in sizes]
     column = torch.arange(keys, device=task.device.name)
-    ends = keys - column[:rows, None, None] % (keys // 2) if rows <= keys else column[:1] + keys
-    mask = (column <= column[-queries:, None]) & (column < ends)
-    mask = mask.expand(rows, queries, keys)[:, None]
+    ends = keys - torch.arange(rows, device=task.device.name)[:, None, None] % (keys // 2)
+    mask = ((column <= column[-queries:, None]) & (column < ends))[:, None]
     module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    found = []
+    forward, found = sdpa_attention.sdpa_attention_forward, []
     for kind, allowed in ((dtype, fused), (torch.float32, SDPBackend.MATH)):
-        given = [part.to(dtype).to(kind).requires_grad_(queries > 1) for part in parts]
+        given = [part.to(dtype).to(kind, copy=True) for part in parts]
+        for tensor in given:
+            tensor.requires_grad_(queries > 1)
         with sdpa_kernel(allowed):
-            output, _ = sdpa_attention.sdpa_attention_forward(
-                module, *given, mask, scaling=width**-0.5
-            )
+            output, _ = forward(module, *given, mask, scaling=width**-0.5)
         if queries > 1:
             output.float().square().sum().backward()
         grads = [tensor.grad for tensor in given if tensor.grad is not None]
-        found.append([output.detach(), *grads])
+        found.append([output, *grads])
     return max(map(relative_error, *found))
 
 
 def nf4_errors(task: Task, dtype: torch.dtype) -> dict:
     """bitsandbytes' NF4: what rounding costs, and products with and without a gradient."""
-    import bitsandbytes as bnb
+    from bitsandbytes import functional, matmul_4bit
 
     width = task.sizes.shape["hidden_size"]
     options = {"device": task.device.name, "dtype": dtype}
     weight = torch.randn(task.sizes.shape["intermediate_size"], width, **options) * 0.02
-    packed, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    back = bnb.functional.dequantize_4bit(packed, state)
+    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    back = functional.dequantize_4bit(packed, state)
     lost = (back.float() - weight.float()).abs().mean() / weight.float().abs().mean()
     errors = []
     for rows in (1, 64):
         inputs = torch.randn(rows, width, **options, requires_grad=rows > 1)
-        product = bnb.matmul_4bit(inputs, packed.t(), state)
+        product = matmul_4bit(inputs, packed.t(), state)
         errors.append(relative_error(product, inputs.float() @ back.float().T))
     return {"nf4_rounding": float(lost), "nf4_product_error": max(errors)}
 
@@ -208,7 +206,7 @@ def probe(task: Task) -> Iterator[dict]:
     base = task.load(device.dtype, in_4bit=True)
     free = devices.free_bytes(device)
     foreseen = memory.activation_bytes(base, task.config, device, rows * tokens)
-    yield {"foreseen_gib": foreseen / GIB, "foreseen_share_of_free": foreseen / free}
+    yield {"foreseen_gib": foreseen / memory.GIB, "foreseen_share_of_free": foreseen / free}
     lora = LoraConfig(task_type="CAUSAL_LM", **task.config.lora.model_dump())
     adapted = get_peft_model(base, lora).train()
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device.name)
@@ -221,7 +219,7 @@ def probe(task: Task) -> Iterator[dict]:
         output = adapted(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     output.logits.float().sum().backward()
     _, peak = train.in_use(device)
-    yield {"batch_gib": (peak - before) / GIB}
+    yield {"batch_gib": (peak - before) / memory.GIB}
     if device.name == "cuda":  # a CPU's figure is that of the whole process
         yield {"batch_over_foreseen": (peak - before) / foreseen}
 
@@ -247,12 +245,13 @@ def training(task: Task) -> Iterator[dict]:
 
 
 def train_steps(task: Task, recomputing: bool, steps: int, seconds: float) -> dict:
-    """Speed, memory and skipped steps of a training. The first step is not counted.
+    """Speed, memory and skipped steps of a training. Its speed leaves out the first step.
 
     The multiplications are those of `train.least_flops`: about 2.19 GFLOP a token at this shape,
     nothing recomputed.
     """
     device = task.device
+    gc.collect()  # a trainer that has ended refers to itself
     base = task.load(device.dtype, in_4bit=True)
     per_step = task.batch()[0] * task.sizes.accumulation
     changes = {"max_steps": steps, "activation_checkpointing": recomputing}
@@ -278,7 +277,7 @@ def train_steps(task: Task, recomputing: bool, steps: int, seconds: float) -> di
         "matmul_tera_flop_per_second": limit["tera_flop_per_second"],
         "share_of_matmul_peak": flops / spent / 1e12 / limit["tera_flop_per_second"],
         "skipped_steps": guard.skipped,
-        "peak_gib": peak / GIB,
+        "peak_gib": peak / memory.GIB,
         "last_loss": next(e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e),
     }
 
@@ -317,7 +316,7 @@ def responses(task: Task) -> Iterator[dict]:
         "giga_bytes_per_second_copied": rate / 1e9,
         "share_of_bandwidth": least / rate / seconds,
         "seconds_over_floor_with_copies": seconds / (copying / rate),
-        "peak_gib": peak / GIB,
+        "peak_gib": peak / memory.GIB,
     }
     del model
     model, texts, found = float32_sample(task)
@@ -381,8 +380,8 @@ def every_gpu(task: Task) -> Iterator[dict]:
     for gpu, folder in zip(gpus, folders, strict=True):
         folder.mkdir()
         (folder / "model").symlink_to(task.build())
-        environment = os.environ | {devices.VISIBLE: gpu, devices.NARROWED: ""}
-        processes.append(subprocess.Popen(command(folder, task.dry, ["one_gpu"]), env=environment))
+        narrowed = os.environ | {devices.VISIBLE: gpu, devices.NARROWED: ""}
+        processes.append(subprocess.Popen(measuring(folder, task.dry, ["one_gpu"]), env=narrowed))
     statuses = [process.wait() for process in processes]
     if any(statuses):
         raise RuntimeError(f"the process on GPU {gpus[statuses.index(max(statuses))]} failed")
@@ -425,22 +424,13 @@ def measure_into(file: Path, name: str, task: Task) -> bool:
         for more in MEASUREMENTS[name](task):
             figures |= more
             write(False)
-            print(f"{name}: {', '.join(shown(more))}", flush=True)
+            print(f"{name}: {json.dumps(more)}", flush=True)
     except Exception as caught:  # of any library, driver or compiler
         if name != "card":  # whose error is told in one sentence
             traceback.print_exc()
         error = f"{type(caught).__name__}: {shorten(str(caught), 300)}"
     write(True)
     return error is None
-
-
-def shown(figures: dict[str, Any], before: str = "") -> Iterator[str]:
-    """The numbers among figures, as text."""
-    for key, value in figures.items():
-        if isinstance(value, dict):
-            yield from shown(value, f"{key} ")
-        elif isinstance(value, int | float):
-            yield f"{before}{key} {value:.4g}"
 
 
 def main() -> None:
