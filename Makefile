@@ -7,7 +7,7 @@ NOTEBOOKS := $(BIN)/python -m tools.run
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 .DEFAULT_GOAL := run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
-  sweep publish survey site bench clean damaged
+  sweep publish survey site bench gpu-check clean damaged
 # Prerequisite of a new installation if Python is gone or a package is missing.
 DAMAGED := $(shell $(BIN)/python -c \
   'import sys; from atlas_lib import bootstrap; sys.exit(bool(bootstrap.missing()))' \
@@ -67,6 +67,9 @@ bench: .venv/dev.stamp  ## measure speed and memory; JSON into results/
 	@$(BIN)/python -m benchmarks.train --json results/bench_train.json
 	@$(BIN)/python -m benchmarks.eval --json results/bench_eval.json
 	@$(BIN)/python -m benchmarks.sweep --json results/bench_sweep.json
+
+gpu-check: setup        ## prove or refute on your GPU what README claims, within nine minutes
+	@$(BIN)/python -m tools.gpu_check $(ARGS)
 
 clean:                  ## delete runs/ and build/, keep the environment
 	rm -rf runs build

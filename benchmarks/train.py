@@ -69,20 +69,14 @@ ROWS = {  # between a and c one change a row
 SAME_LOSS = ("a", "b", "c", "d")
 
 
-def build(folder: Path, device: Any) -> None:
-    """Save a Qwen2 of random weights, the same at each call, with the true vocabulary."""
+def build(folder: Path, shape: dict[str, Any]) -> None:
+    """Save a Qwen2 of random weights, the same at each call, by default with its vocabulary."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    shape = Qwen2Config(
-        vocab_size=151_936,
-        max_position_embeddings=32_768,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-        **SHAPES[device.name],
-    )
-    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    fixed = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6}
+    Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **fixed | shape)).save_pretrained(folder)
 
 
 def resolved(row: Row, base: str, compare_losses: bool) -> Any:
@@ -150,7 +144,29 @@ def others_seconds() -> float:
 
 
 def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) -> Any:
-    """The trainer of notebook 03 for `row`, which counts tokens and records when steps end."""
+    """The trainer for `row` on the conversations of this benchmark."""
+    tokenizer = models.load_tokenizer(config)
+    template.patch_chat_template_for_assistant_mask(tokenizer)
+    base = models.load_weights("base", config, device, config.quantization.load_in_4bit)
+    changes = {"activation_checkpointing": memory.must_checkpoint(base, config, device)}
+    rows = conversations(steps * ROWS_A_STEP, device)
+    trainer = measured_trainer(
+        base, tokenizer, config, device, rows, changes | {"output_dir": scratch}, row.full_logits
+    )
+    choose_loss(row, device)
+    return trainer
+
+
+def measured_trainer(
+    base: Any,
+    tokenizer: Any,
+    config: Any,
+    device: Any,
+    rows: list[dict],
+    changes: dict,
+    full_logits: bool = False,
+) -> Any:
+    """The trainer of notebook 03, which counts tokens and records when steps end."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -168,7 +184,7 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
             return super().training_step(model, inputs, num_items_in_batch)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if not row.full_logits:
+            if not full_logits:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
 
@@ -178,24 +194,19 @@ def trainer_for(row: Row, config: Any, device: Any, steps: int, scratch: str) ->
 
         on_step_end = on_train_begin
 
-    tokenizer = models.load_tokenizer(config)
-    template.patch_chat_template_for_assistant_mask(tokenizer)
-    base = models.load_weights("base", config, device, config.quantization.load_in_4bit)
-    choices = config.train.model_dump(exclude_unset=True)
-    choices["activation_checkpointing"] = memory.must_checkpoint(base, config, device)
-    choices |= {"output_dir": scratch, "seed": config.seed, "use_cpu": device.name == "cpu"}
-    choices |= {"fp16": device.dtype == "float16", "bf16": device.dtype == "bfloat16"}
+    arguments = config.train.model_dump(exclude_unset=True) | {"disable_tqdm": True}
+    arguments |= {"seed": config.seed, "use_cpu": device.name == "cpu"}
+    arguments |= {"fp16": device.dtype == "float16", "bf16": device.dtype == "bfloat16"}
     trainer = Measured(
         model=base,
-        args=SFTConfig(disable_tqdm=True, **choices),
-        train_dataset=Dataset.from_list(conversations(steps * ROWS_A_STEP, device)),
+        args=SFTConfig(**compat.trainer_arguments(arguments | changes)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()),
         callbacks=[Clock()],
     )
     trainer.remove_callback(PrinterCallback)
     compat.keep_adapter_in_float32(trainer.model)
-    choose_loss(row, device)
     return trainer
 
 
@@ -212,8 +223,6 @@ def choose_loss(row: Row, device: Any) -> None:
 
 def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
     """Train `steps` steps as ROWS[name] says. Figures are medians over all steps but the first."""
-    import torch
-
     row = ROWS[name]
     config = resolved(row, base, compare_losses)
     device = devices.choose_device(config)
@@ -227,9 +236,9 @@ def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
     if compare_losses:
         return {"losses": losses}
     ends, others = zip(*trainer.ends, strict=True)
-    seconds = [end - start for start, end in pairwise(ends)]
-    counts = torch.stack(trainer.counts).view(steps, -1, 4).sum(1).tolist()
-    steady = list(zip(seconds, counts, strict=True))[1:]
+    timed = timed_steps(trainer)
+    seconds, counts = zip(*timed, strict=True)
+    steady = timed[1:]
     fed, real, supervised = (sum(c[k] for c in counts) for k in range(3))
     result = {
         "row": name,
@@ -247,6 +256,15 @@ def measure(name: str, base: str, steps: int, compare_losses: bool) -> dict:
         "losses": losses,
     }
     return result | ({"limit": arithmetic_limit(trainer, device, steady)} if name == "c" else {})
+
+
+def timed_steps(trainer: Any) -> list[tuple[float, list[int]]]:
+    """Seconds and token counts of each optimizer step of a measured trainer."""
+    import torch
+
+    seconds = [end - start for (start, _), (end, _) in pairwise(trainer.ends)]
+    counts = torch.stack(trainer.counts).view(len(seconds), -1, 4).sum(1).tolist()
+    return list(zip(seconds, counts, strict=True))
 
 
 def arithmetic_limit(trainer: Any, device: Any, steady: list) -> dict:
@@ -359,7 +377,7 @@ def main() -> None:
     device = devices.choose_device(resolved(ROWS["a"], "", False))
     rows, losses = [], {}
     with tempfile.TemporaryDirectory() as base:
-        build(Path(base), device)
+        build(Path(base), SHAPES[device.name])
         for name in ROWS:
             print(f"{name}: {ROWS[name].what}", file=sys.stderr, flush=True)
             rows.append(undisturbed(name, base, args.steps))
