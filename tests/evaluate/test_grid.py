@@ -187,8 +187,27 @@ def test_responses_of_other_files_in_the_same_folder_are_not_reused(
 
 def test_published_figures_stand_beside_the_full_run_only():
     rows = grid.known_figures(load_config("sft_qwen05b"))
-    values = {(r["model"], r["format"]): r["value"] for r in rows if r["should_agree"]}
-    assert values == {("base", "raw"): 0.1238, ("Instruct", "raw"): 0.1885}
-    assert all(row["source"] for row in rows)
+    prompts = [row for row in rows if row["metric"] == "prompt_level_strict_acc"]
+    values = {(r["model"], r["format"]): r["value"] for r in prompts if r["should_agree"]}
+    assert values == {
+        ("base", "raw"): 0.1238,
+        ("Instruct", "raw"): 0.1885,
+        ("Instruct", "chat"): 0.279,
+    }
+    for row in rows:
+        assert all(row[name] for name in ("metric", "protocol", "engine", "precision", "source"))
+
+
+def test_the_criterion_of_the_recipe_is_quoted():
+    rows = [
+        r for r in grid.known_figures(load_config("sft_qwen05b")) if "criterion" in r["protocol"]
+    ]
+    assert {(r["metric"], r["value"]) for r in rows} == {
+        ("prompt_level_strict_acc", 0.25), ("inst_level_strict_acc", 0.4),
+    }  # fmt: skip
+    assert all("Success criterion" in row["source"] for row in rows)
+
+
+def test_published_figures_are_not_shown_beside_other_runs():
     assert grid.known_figures(load_config("sft_qwen05b", "offline")) == []
     assert grid.known_figures(load_config("sft_qwen05b", "", {"eval.limit": 40})) == []
