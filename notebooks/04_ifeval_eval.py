@@ -256,7 +256,7 @@ else:
 
 # %%
 compared = significance.compare_grid(verdicts, alpha, margin)
-primary = next((row for row in compared if row["role"] == "primary"), compared[0])
+primary = compared[0]
 tables.comparison_table(compared)
 
 # %%

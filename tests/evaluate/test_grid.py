@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
-from checks import run_python
+from checks import refusal, run_python
 from ifeval_cases import random_adapter
 from tiny import TINY
 
@@ -115,6 +115,14 @@ def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch)
     found, out = generated
     monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("a model was loaded"))
     assert generate_all(config, adapter, out) == found
+
+
+def test_a_prompt_longer_than_the_context_is_named(config, adapter, tmp_path):
+    prompts = [{"key": key, "prompt": "tea " * words} for key, words in ((3, 9), (8, 4000))]
+    collect = grid.collector("base", config, CPU, adapter, prompts, tmp_path)
+    message = refusal(collect, "raw")
+    assert "The prompts with the keys [8] do not fit the model's context of" in message
+    assert "remove them from eval.prompts" in message
 
 
 def test_an_adapter_is_merged_unless_in_4_bits(config, adapter):
