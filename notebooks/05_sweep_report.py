@@ -150,7 +150,7 @@ notebooks.show_figure(figure, alt, config.label)
 
 # %%
 compared = analysis.compare_best(points, metric, config.eval.alpha)
-analysis.comparison_table(compared, points) if compared else "there is only one point"
+analysis.best_table(compared, points) if compared else "there is only one point"
 
 # %% [markdown]
 # How small a difference can be seen:

@@ -19,7 +19,7 @@ ALPHA = 0.05
 CLEAR_SHARE = 20 / 541
 POWER = 0.8
 DISCORDANT = (0.05, 0.1, 0.15, 0.2, 0.25)  # shares for which the smallest effect is stated
-NAMED = ("primary", "secondary")
+IN_ORDER = ("primary", "secondary")
 RESAMPLES, BLOCK = 10_000, 500  # a block of resamples at a time: 2 MB of draws, not 43
 
 # (role, A, B), fixed before the responses are read. The named two are tested in this order.
@@ -193,8 +193,8 @@ def compare_grid(
         | {"role": role, **paired(verdicts[a], verdicts[b])}
         for role, a, b in planned
     ]
-    named = [row for row in rows if row["role"] in NAMED]
-    others = [row for row in rows if row["role"] not in NAMED]
+    named = [row for row in rows if row["role"] in IN_ORDER]
+    others = [row for row in rows if row["role"] not in IN_ORDER]
     in_order = itertools.accumulate((row["mcnemar_p"] for row in named), max)
     together = holm({place: row["mcnemar_p"] for place, row in enumerate(others)}).values()
     for row, p in zip(named + others, [*in_order, *together], strict=True):

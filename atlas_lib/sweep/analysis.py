@@ -155,7 +155,7 @@ def compare_best(
     return compared
 
 
-def comparison_table(compared: list[dict], rows: list[dict]) -> "pd.DataFrame":
+def best_table(compared: list[dict], rows: list[dict]) -> "pd.DataFrame":
     """The results of `compare_best`, formatted for display."""
     import pandas as pd
 

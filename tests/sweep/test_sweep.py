@@ -667,7 +667,7 @@ def test_one_seed_is_not_tested():
     [found] = analysis.compare_best(rows)
     assert found["p_prompts"] < 0.05
     assert (found["p_seeds"], found["verdict"]) == (None, "not tested: one seed")
-    assert list(analysis.comparison_table([found], rows)["p_seeds"]) == ["-"]
+    assert list(analysis.best_table([found], rows)["p_seeds"]) == ["-"]
 
 
 def test_points_are_judged_by_the_objective_of_the_sweep(four_points):
