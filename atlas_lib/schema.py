@@ -33,7 +33,8 @@ class Section(BaseModel):
     @classmethod
     def _reject_boolean_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and kind is not Any and bool not in (kind, *get_args(kind)):
+        kinds = (kind, *get_args(kind))
+        if isinstance(value, bool) and Any not in kinds and bool not in (*kinds, *map(type, kinds)):
             raise ValueError("it should not be true or false")
         return value
 
@@ -102,7 +103,7 @@ class Train(Section):
     model_config = ConfigDict(extra="allow")
 
     activation_checkpointing: bool | None = None
-    assistant_only_loss: bool | None = None
+    assistant_only_loss: Literal[True] = True  # what the audit verifies
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: float | None = Field(None, gt=0)
     logging_first_step: bool | None = None

@@ -281,6 +281,8 @@ assert math.isfinite(validation_loss), "the validation loss is not finite"
 log = [entry for entry in trainer.state.log_history if "loss" in entry]
 first_loss = log[0]["loss"]
 last_loss = sum(entry["loss"] for entry in log[-3:]) / len(log[-3:])
+warnings = adapters.doubts(trainer.model, first_loss, last_loss)
+print("\n".join(f"warning: {sentence}" for sentence in warnings))
 
 # %% [markdown]
 # ## The loss
@@ -354,6 +356,7 @@ measured = {
     "validation_loss": validation_loss,
     "eos_rate": eos_rate,
     "responses": len(after),
+    "warnings": warnings,
 }
 
 # %%
@@ -395,7 +398,8 @@ hub.push_adapter(adapter, repo, config)
 headline.update(
     Markdown(
         f"**{result.global_step} steps over {compared:,} audited conversations take the loss from "
-        f"{first_loss:.3f} to {last_loss:.3f}; on validation rows it is {validation_loss:.3f}.**"
+        f"{first_loss:.3f} to {last_loss:.3f}; on validation rows it is {validation_loss:.3f}.** "
+        + " ".join(f"Warning: {sentence}" for sentence in warnings)
     )
 )
 

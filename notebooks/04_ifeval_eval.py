@@ -32,8 +32,8 @@
 #
 # **What you will see:** a prompt with a response that passes and one that fails; the decision rule,
 # fixed before any response is generated; the scores of all models and formats; paired differences
-# with confidence intervals; the instruction types that changed; individual wins and losses; and the
-# number of prompts that would be needed to detect a smaller effect.
+# with confidence intervals; the instruction types that changed, those that were taught and the
+# others; and individual wins and losses.
 #
 # **Inputs:** the adapter of notebook 03 (or `model.adapter`) and the prompts. **Outputs:**
 # `04_ifeval_eval/responses/`, `scores/` and `ifeval.json`, and `metrics.json` in OUT.
@@ -66,8 +66,6 @@ from atlas_lib import bootstrap
 bootstrap.ensure()
 
 # %% tags=["setup"]
-import math
-
 from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, devices, models, notebooks, session, sources
@@ -115,21 +113,45 @@ print(prompts[0]["instruction_id_list"], notebooks.printable(prompts[0]["prompt"
 #
 # All models respond to the *same* prompts, so only the prompts on which two models differ carry
 # information about their difference. McNemar's exact test asks whether the wins and losses among
-# these discordant prompts are compatible with a fair coin. The primary comparison is fixed here,
-# before any response is generated: **SFT against base, both in the chat format**. The secondary
-# comparison is the published protocol, raw against raw. The p-values of all other comparisons are
-# corrected together by Holm's method, because one of many tests is likely to be significant by
-# chance.
+# these discordant prompts are compatible with a fair coin. Two comparisons are named here, before
+# any response is generated. The primary one is **SFT against base, both in the chat format**. The
+# secondary one, the published protocol with raw prompts, is tested at the same level, but only if
+# the primary one is significant; otherwise it is *not tested*. The p-values of all other
+# comparisons are corrected together by Holm's method. In either way, one of many tests is not
+# called significant by chance.
+#
+# A significant gain is a *clear margin* if the 95 % interval of the difference lies above a value
+# that is fixed as well: about the smallest effect that IFEval's 541 prompts show with 80 % power.
+# The recipe's own criterion is absolute: prompt-level strict accuracy above 0.25 and
+# instruction-level strict accuracy above 0.40. The table of published figures lists it.
+#
+# The test asks whether *this adapter* differs from the base. Whether the recipe would do so again
+# is another question, which takes several seeds.
 
 # %%
 alpha, margin = config.eval.alpha, config.eval.clear_margin
 print(f"p >= {alpha:g}: 'not distinguishable'; otherwise")
-print(f"  at least {math.ceil(margin * len(prompts))} more wins than losses: 'clear margin'")
-print(f"  ({margin:.1%} of the {len(prompts)} prompts), fewer: 'better, but small'")
-print("  more losses than wins: 'worse'")
+print(f"  the interval's lower bound is above {100 * margin:.2f} points: 'clear margin'")
+print("  a gain with a lower one: 'better'; more losses than wins: 'worse'")
 for discordant in (20, 40, 60, 100):
     wins = int(significance.wins_needed(discordant, alpha))
     print(f"of {discordant} discordant prompts, {wins} wins are significant")
+
+# %% [markdown]
+# ## What these prompts can show
+#
+# A test without a significant result does not show that there is no effect. How small an effect can
+# be seen depends on the number of prompts and on how many of them are discordant, which is not
+# known before the responses. The table gives the smallest difference, in points, that is found with
+# a probability of 80 %, computed exactly.
+
+# %%
+sensitivity = {
+    f"{share:.0%}": significance.smallest_effect(len(prompts), share, alpha)
+    for share in significance.DISCORDANT
+}
+for share, points in sensitivity.items():
+    print(f"{share:>4} discordant: {f'{points:.1f} points' if points else 'none is large enough'}")
 
 # %% [markdown]
 # ## The adapter
@@ -197,8 +219,9 @@ tables.score_table(metrics)
 # Compare columns of the same format first. The difference between raw and chat within a model is
 # the effect of the chat template alone.
 #
-# Where others have published figures for the same model and protocol, ours should agree with them
-# within the interval. `eval.guardrails` adds MMLU, GSM8K and TruthfulQA with the settings of the
+# Published figures for the same prompts stand beside ours, with their protocol. Where the model and
+# the protocol are the same, decoding is greedy and only a few prompts should lie between the two;
+# `apart` counts them. `eval.guardrails` adds MMLU, GSM8K and TruthfulQA with the settings of the
 # published recipe. They take hours, and fine-tuning is not expected to move them by more than a
 # point or two.
 
@@ -228,11 +251,12 @@ else:
 #
 # Differences are percentage points of prompt-level strict accuracy, with a bootstrap interval over
 # prompts. `won` and `lost` count the prompts that only the first-named or only the second-named
-# model passed. `p` is corrected for all but the primary and the secondary comparison.
+# model passed. `p` is adjusted as the rule says: for the secondary comparison it is at least that
+# of the primary one, for the others it is Holm's.
 
 # %%
 compared = significance.compare_grid(verdicts, alpha, margin)
-primary = next((row for row in compared if row["role"] == "primary"), compared[0])
+primary = compared[0]
 tables.comparison_table(compared)
 
 # %%
@@ -251,8 +275,10 @@ points = [f"{row['comparison']} {tables.in_points(row)}" for row in compared]
 notebooks.show_figure(figure, f"Differences with intervals: {'; '.join(points)}.", config.label)
 
 # %% [markdown]
-# If an interval includes zero, the direction of the difference is undecided. The primary comparison
-# is drawn in red; it is the one that the headline reports.
+# The primary comparison is drawn in red; it is the one that the headline reports. If an interval
+# includes zero, the direction of the difference is undecided. The intervals are not adjusted for
+# the number of comparisons, and the exact test is stricter than they are: where an interval
+# excludes zero and the verdict is *not distinguishable*, the verdict counts.
 #
 # ## Instruction types
 #
@@ -286,11 +312,21 @@ notebooks.show_figure(axes.figure, f"Share followed, by type and model. {finding
 tables.type_table(primary["by_type"])
 
 # %% [markdown]
-# Where the taught types are known, the effect should be clearest on the prompts whose instructions
-# are all taught types; these are their scores.
+# Where the taught types are known, the prompts are split into those whose instructions are all
+# taught and the others. The others may fall: a model that has learned to give short responses and
+# to stop no longer passes word counts and keywords by continuing to the limit. `before` and `after`
+# count the prompts that the first and the second model pass.
 
 # %%
-subset = [i for i, p in enumerate(prompts) if set(p["instruction_id_list"]) <= taught]
+known = [set(prompt["instruction_id_list"]) <= taught for prompt in prompts]
+subset = [i for i, all_taught in enumerate(known) if all_taught]
+rest = [i for i, all_taught in enumerate(known) if not all_taught]
+a, b = tuple(primary["a"]), tuple(primary["b"])
+halves = {"all types taught": subset, "other types": rest} if taught else {}
+parts = significance.compare_parts(verdicts[a], verdicts[b], halves)
+tables.part_table(parts) if parts else "it is not known what the training data teaches"
+
+# %%
 on_taught = ifeval.grid_metrics(responses, verdicts, end_of_turn, subset) if subset else []
 if on_taught:
     display(tables.score_table(on_taught))
@@ -303,7 +339,6 @@ if on_taught:
 
 # %%
 place = {prompt["key"]: index for index, prompt in enumerate(prompts)}
-a, b = tuple(primary["a"]), tuple(primary["b"])
 for heading, failing, passing in (("won", a, b), ("lost", b, a)):
     for index in [place[key] for key in primary[heading][:5]]:
         verdict = verdicts[failing][index]
@@ -324,21 +359,6 @@ page = explorer.render_page(prompts, responses, verdicts, primary, config.label)
 notebooks.show_page(page, "Every prompt and response")
 
 # %% [markdown]
-# ## Sensitivity
-#
-# A test without a significant result does not show that there is no effect. The first number is the
-# smallest net win that would have been significant with the same number of discordant prompts. The
-# second one is the number of prompts needed to detect an effect of the observed size with the given
-# power.
-
-# %%
-seen = significance.sensitivity(primary, len(prompts), alpha)
-print(f"{primary['comparison']}: {primary['only_b']} wins, {primary['only_a']} losses")
-print(f"smallest significant net win: {seen['net_needed']}")
-needed = seen["prompts_needed"] or "no effect was observed"
-print(f"prompts needed to detect this effect with {seen['power']:.0%} power: {needed}")
-
-# %% [markdown]
 # ## Write the results
 #
 # `metrics.json` holds one object per model and format, each with the origin of its run.
@@ -348,7 +368,8 @@ origin = {"digest": artifacts.config_digest(config), "commit": session.commit()}
 origin |= {"data": config.eval.prompts, "hardware": devices.hardware(), "label": config.label}
 origin |= {"adapter": config.model.adapter, "adapter_base": config.model.adapter_base}
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
-results |= {"sensitivity": seen, "guardrails": guarded, "published": published, "origin": origin}
+results |= {"parts": parts, "sensitivity": sensitivity, "guardrails": guarded}
+results |= {"published": published, "origin": origin}
 
 with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
     for (name, prompt_format), given in responses.items():
@@ -361,15 +382,7 @@ with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
 
 # %%
-scores = {(row["model"], row["format"]): row["prompt_level_strict_acc"] for row in metrics}
-headline.update(
-    Markdown(
-        f"**{primary['comparison']}: {primary['verdict']}.** Prompt-level strict accuracy "
-        f"{scores[a]:.3f} to {scores[b]:.3f} on {len(prompts)} prompts, "
-        f"{tables.in_points(primary)}; {primary['only_b']} won, {primary['only_a']} lost, "
-        f"p = {primary['p_adjusted']:.2g}."
-    )
-)
+headline.update(Markdown(f"**{tables.verdict_line(primary)}**"))
 
 # %% [markdown]
 # Kaggle returns the files of a run but not its notebook; there, the next cell stores it with them.
@@ -381,7 +394,8 @@ notebooks.keep("04_ifeval_eval", out)
 # ## Summary
 #
 # All models respond to the same prompts in two formats, the same checkers score them, and a paired
-# test with a rule fixed in advance decides which differences are more than noise.
+# test with a rule fixed in advance decides which differences are more than noise. The verdict is
+# about one adapter on these prompts.
 #
 # **What did not work:** comparing two averages. The published difference between base and SFT for
 # this recipe, measured raw, is two prompts of 541, from which nothing can be concluded.

@@ -112,7 +112,6 @@ pd.DataFrame(failed)[["number", "point", "error"]] if failed else "no trial fail
 # with other prompts (bootstrap over prompts).
 
 # %%
-evaluated = all("verdicts" in run for row in points for run in row["runs"].values())
 analysis.points_table(points, metric)
 
 # %%
@@ -121,7 +120,7 @@ import matplotlib.pyplot as plt
 figure, axes = plt.subplots(figsize=(7, 1.2 + 0.32 * len(points)), layout="constrained")
 names = [analysis.label(row) for row in points]
 for place, row in enumerate(points):
-    if evaluated and metric == "dev_strict":
+    if metric == analysis.BY_PROMPT:
         axes.plot(analysis.strict_interval(row), [place] * 2, color="#c5c9d3", linewidth=6)
     values = [run[metric] for run in row["runs"].values()]
     axes.plot(values, [place] * len(values), "o", color="#4c72b0", alpha=0.7)
@@ -140,16 +139,24 @@ notebooks.show_figure(figure, alt, config.label)
 #
 # ## Is the best point better?
 #
-# The two points of a pair are compared prompt by prompt over their seeds (McNemar's exact test).
-# The best point was chosen after seeing all of them, so the p-values are corrected for **all
-# pairs** of points, not only for the rows shown (Holm). Because the seed alone changes the score, a
-# point is called better only if its worst seed is also above the other point's best seed.
+# The best point is compared with every other one by the objective of the sweep, in two ways,
+# because there are two sources of chance. *Seeds*: Tukey's test asks whether the difference of the
+# means exceeds what the seeds alone do; the variance of the seeds is pooled over all points.
+# *Prompts*, for the strict accuracy: McNemar's exact test asks whether the prompts that more seeds
+# of one point pass than of the other are compatible with a fair coin. The best point was chosen
+# after seeing all of them, so both p-values hold for **all pairs** of points, not only for the rows
+# shown. A point is called better only if both tests are significant. With a single seed nothing is
+# known about the noise of the seeds, and nothing is tested.
 
 # %%
-compared = analysis.compare_best(points, config.eval.alpha) if evaluated else []
-assert all(row["verdict"] != "better" or row["p_adjusted"] < config.eval.alpha for row in compared)
-untested = "not tested: there is only one point, or no stage evaluated the points on prompts"
-analysis.comparison_table(compared, points) if compared else untested
+compared = analysis.compare_best(points, metric, config.eval.alpha)
+analysis.best_table(compared, points) if compared else "there is only one point"
+
+# %% [markdown]
+# How small a difference can be seen:
+
+# %%
+print("\n".join(analysis.smallest_differences(points, metric, config.eval.alpha)) or "unknown")
 
 # %% [markdown]
 # *Not distinguishable* is a useful result: among such points, choose the cheapest or the most usual
@@ -203,13 +210,15 @@ varied.pivot_table(index=keys[0], columns=keys[1:], values=metric).round(4)
 # that direction.
 #
 # *Importance* is how much of the variance reduction in a random forest fitted to the points is due
-# to a parameter. It describes this space only: a parameter that was hardly varied cannot be
-# important.
+# to a parameter. The shares add up to 1 even if all points are equally good and the forest fits
+# noise, so they are shown only if the best point is better than another. They describe this space
+# only: a parameter that was hardly varied cannot be important.
 
 # %%
 print(f"at the edge of the space: {', '.join(analysis.at_an_edge(exported, best)) or 'nothing'}")
-shares = exported["importance"]
-pd.Series(shares, name="importance").to_frame().round(3) if shares else "too few points"
+better = sum(row["verdict"] == "better" for row in compared)
+shares = pd.Series(exported["importance"] if better else {}, name="importance", dtype=float)
+shares.to_frame().round(3) if len(shares) else "not shown: no point is better, or too few points"
 
 # %% [markdown]
 # ## The winning configuration
@@ -237,11 +246,16 @@ parts.mean().rename("seconds per run").to_frame().round(1) if len(parts.columns)
 # %% [markdown]
 # ## The evaluation on the test prompts
 #
-# The dev prompts were used to choose the winner, so its score on them is biased upwards. The test
-# prompts are evaluated once, for the winner only. Each evaluation is recorded in the study before
-# it starts; after more than one, the last score is no longer unbiased.
+# The dev prompts were used to choose the winner, so its score on them is biased upwards. If all
+# points are equally good, a bootstrap over prompts and seeds shows by how much; if the best one is
+# really better, it is less. The test prompts are evaluated once, for the winner only. Each
+# evaluation is recorded in the study before it starts; after more than one, the last score is no
+# longer unbiased.
 
 # %%
+if metric == analysis.BY_PROMPT:
+    optimism = 100 * analysis.winners_optimism(points)
+    print(f"best of {len(points)}: too high by up to {optimism:.1f} points by chance alone")
 evaluations = exported["test_evaluations"]
 final = (exported["final"] or {}).get("metrics", [])
 assert len(evaluations) <= 1 or final, "several test-set evaluations, but no result"
@@ -254,8 +268,9 @@ shown["ci95"] = [f"{low:.3f} to {high:.3f}" for low, high in shown["ci95"]]
 shown.round(3) if final else "the winner has not been evaluated on the test prompts"
 
 # %%
-better = sum(row["verdict"] == "better" for row in compared)
-tested = f"better than {better} of the {len(compared)} other points" if evaluated else "not tested"
+tested = f"better than {better} of the {len(compared)} other points"
+if not compared or compared[0]["p_seeds"] is None:
+    tested = "not tested: there is only one point, or one seed"
 headline.update(
     Markdown(
         f"**{analysis.label(best)} is first with {metric} {best['value']:.3f}, {tested}.** "
@@ -267,7 +282,8 @@ headline.update(
 # %% [markdown]
 # ## Summary
 #
-# Every point with its noise, and a test that is corrected for the number of points.
+# Every point with its noise, and tests of the seeds and of the prompts that are corrected for the
+# number of points.
 #
 # **What did not work:** sorting a table. With a dozen points and a few dozen prompts, the first row
 # is usually one of several that cannot be distinguished. The pairs are therefore tested, and the

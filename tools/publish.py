@@ -156,10 +156,8 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "stages": {s: {key: m[key] for key in MADE_ON} for s, m in manifests.items()},
         "data": artifacts.read_json(run / "01_data_prep" / "card.json"),
         "training": artifacts.read_json(run / "03_sft_train" / "summary.json"),
-        "comparisons": [
-            {key: value for key, value in row.items() if key not in ("won", "lost", "by_type")}
-            for row in measured["comparisons"]
-        ],
+        "comparisons": [without_keys(row) for row in measured["comparisons"]],
+        "parts": [without_keys(row) for row in measured.get("parts", [])],
         "sensitivity": measured["sensitivity"],
     }
     rows_of_audit = (run / TEMPLATE_AUDIT / audit.AUDIT_ROWS).read_text("utf-8").split("\n")
@@ -169,6 +167,11 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "sft_template_audit.jsonl": "\n".join([*rows_of_audit[:-1][:HEAD_ROWS], ""]),
         "sft_template_audit_summary.json": as_json(audit.read_summary(run / TEMPLATE_AUDIT)),
     }, [row | measured["origin"] for row in measured["metrics"]]
+
+
+def without_keys(compared: dict) -> dict:
+    """A comparison without its lists of prompts and types, which the notebook shows."""
+    return {key: value for key, value in compared.items() if key not in ("won", "lost", "by_type")}
 
 
 def text_of(notebook: nbformat.NotebookNode, run: Path) -> str:

@@ -67,7 +67,7 @@ def run_notebooks(args: argparse.Namespace) -> None:
         for stage in args.stages:
             run_stage(stage, config, out, parameters, args.force)
         if metrics := current_metrics(config, out):
-            print(metrics_table(metrics))
+            print(metrics_table(metrics), primary_verdict(out), sep="\n")
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
@@ -147,6 +147,15 @@ def current_metrics(config: Config, out: Path) -> list[dict]:
     if not intact:
         artifacts.write_json(path, rows)
     return rows
+
+
+def primary_verdict(out: Path) -> str:
+    """The verdict of stage 04 on the primary comparison."""
+    from atlas_lib.evaluate import tables
+
+    return tables.verdict_line(
+        artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json")["comparisons"][0]
+    )
 
 
 def sentence_of(error: Exception, out: Path) -> str:

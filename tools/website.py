@@ -16,6 +16,7 @@ import jinja2
 import nbformat
 
 from atlas_lib import artifacts, bootstrap
+from atlas_lib.evaluate import significance
 
 PUBLISHED = bootstrap.ROOT / "results"
 WELL_KNOWN = (  # families, and a repository that has their template
@@ -85,17 +86,26 @@ def template_values() -> dict[str, Any]:
         artifacts.read_json(PUBLISHED / name)
         for name in ("run.json", "metrics.json", "sft_template_audit_summary.json")
     )
+    primary = next(row for row in run["comparisons"] if row["role"] == "primary")
     project = tomllib.loads((bootstrap.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     return {
         "run": run,
         "metrics": [row for row in rows if all(row.get(k) == run[k] for k in ("commit", "digest"))],
         "audit": audit,
-        "primary": next(row for row in run["comparisons"] if row["role"] == "primary"),
+        "primary": primary,
+        "smallest": smallest_effect_of(primary),
         "survey": artifacts.read_json(PUBLISHED / "template_survey.json"),
         "families": WELL_KNOWN,
         "repository": project["urls"]["Repository"],
         "notebooks": sorted(path.stem for path in (PUBLISHED / "notebooks").glob("*.ipynb")),
     }
+
+
+def smallest_effect_of(compared: dict) -> float | None:
+    """The smallest effect in points that a comparison of the published run could detect."""
+    n = sum(compared[name] for name in ("both", "only_a", "only_b", "neither"))
+    discordant = (compared["only_a"] + compared["only_b"]) / n
+    return significance.smallest_effect(n, discordant, significance.ALPHA)
 
 
 def visible(text: str) -> str:

@@ -93,6 +93,7 @@ def collector(
     loaded = functools.cache(lambda: load_model(name, config, device, adapter))
 
     def generate_missing(prompt_format: str, missing: list[dict], on_response: Any) -> None:
+        check_context(loaded(), tokenizer, missing, prompt_format)
         texts = [prompt["prompt"] for prompt in missing]
         limits = (config.eval.max_new_tokens, config.run.eval_slots)
         decoding.generate(loaded(), tokenizer, texts, prompt_format, *limits, on_response)
@@ -107,6 +108,21 @@ def collector(
         )
 
     return collect
+
+
+def check_context(model: Any, tokenizer: Any, prompts: list[dict], prompt_format: str) -> None:
+    """Raise ValueError that names the prompts for which the model's context has no room."""
+    context = model.config.max_position_embeddings
+    too_long = [
+        prompt["key"]
+        for prompt in prompts
+        if len(decoding.encode_prompt(tokenizer, prompt["prompt"], prompt_format)) >= context
+    ]
+    if too_long:
+        raise ValueError(
+            f"The prompts with the keys {too_long} do not fit the model's context of {context:,} "
+            f"tokens ({prompt_format}); remove them from eval.prompts, or use another model."
+        )
 
 
 def command(config: Config, adapter: str | Path, out: Path, names: list[str]) -> list[str]:

@@ -79,8 +79,10 @@ def _compare_command(args: argparse.Namespace) -> None:
     a, b = ifeval_files.load_verdicts(args.a), ifeval_files.load_verdicts(args.b)
     found = {"a": args.a.name, "b": args.b.name, "n": len(a), **significance.paired(a, b)}
     limits = {"alpha": significance.ALPHA, "clear_share": significance.CLEAR_SHARE}
-    found |= limits | {"sensitivity": significance.sensitivity(found, len(a), limits["alpha"])}
-    found["verdict"] = significance.verdict(found["net"], len(a), found["mcnemar_p"], **limits)
+    discordant = (found["only_a"] + found["only_b"]) / len(a)
+    smallest = significance.smallest_effect(len(a), discordant, significance.ALPHA)
+    found |= limits | {"smallest_effect_points": smallest}
+    found["verdict"] = significance.verdict(found, found["mcnemar_p"], **limits)
     if args.json:
         artifacts.write_json(args.json, found)
     print(notebooks.printable(tables.comparison_text(found)))

@@ -33,6 +33,26 @@ def comparison_table(compared: list[dict]) -> pd.DataFrame:
     return frame.set_index("comparison")[columns]
 
 
+def part_table(parts: list[dict]) -> pd.DataFrame:
+    """The comparison on parts of the prompts: how many A and B pass, won and lost, p."""
+    frame = (
+        pd.DataFrame(parts).drop(columns=["won", "lost"]).rename(columns=SIDES | {"n": "prompts"})
+    )
+    frame["before"], frame["after"] = (frame["both"] + frame[side] for side in ("lost", "won"))
+    frame["p"] = [f"{row['mcnemar_p']:.2g}" for row in parts]
+    return frame.set_index("part")[["prompts", "before", "after", "won", "lost", "p"]]
+
+
+def verdict_line(row: dict) -> str:
+    """A comparison in a sentence, and what it is about."""
+    n = sum(row[name] for name in ("both", "only_a", "only_b", "neither"))
+    return (
+        f"{row['comparison']}: {row['verdict']}. {in_points(row)} of prompt-level strict accuracy "
+        f"on {n} prompts, {row['only_b']} won, {row['only_a']} lost, p = {row['p_adjusted']:.2g}. "
+        "The test is about this one adapter; another seed gives another."
+    )
+
+
 def type_table(by_type: dict[str, dict[str, int]]) -> pd.DataFrame:
     """Instructions won, lost, passed by both and by neither, a row per type, best net first."""
     frame = pd.DataFrame(by_type).T.rename(columns=SIDES)
@@ -41,22 +61,25 @@ def type_table(by_type: dict[str, dict[str, int]]) -> pd.DataFrame:
 
 
 def beside_ours(known: list[dict], metrics: list[dict]) -> list[dict]:
-    """Published figures beside ours; where agreement is expected, whether ours includes them."""
+    """Published figures beside ours; `apart` is how many prompts or instructions lie between."""
     measured = {(row["model"], row["format"]): row for row in metrics}
     rows = []
     for row in known:
-        ours = measured.get((row["model"], row["format"]))
-        shown = {"ours": f"{ours['prompt_level_strict_acc']:.4f}" if ours else "not run"}
-        if ours and row["should_agree"]:
-            low, high = ours["ci95"]
-            shown["agrees"] = "yes" if low <= row["value"] <= high else "no"
-        rows.append(row | {"agrees": "-"} | shown)
+        ours = measured.get((row["model"], row["format"]), {})
+        shown = {"ours": "not run" if not ours else "not measured", "apart": "-"}
+        if row["metric"] in ours:
+            value, whole = ours[row["metric"]], row["metric"].startswith("prompt")
+            of = ours["n"] if whole else ours["counts"]["instructions"]
+            unit = "prompts" if whole else "instructions"
+            apart = f"{round((value - row['value']) * of):+d} of {of} {unit}"
+            shown = {"ours": f"{value:.4f}", "apart": apart}
+        rows.append(row | shown)
     return rows
 
 
 def comparison_text(found: dict) -> str:
     """One comparison as lines of text."""
-    sensitivity = found["sensitivity"]
+    smallest = found["smallest_effect_points"]
     lines = [
         f"{found['n']} prompts: both {found['both']}, only A {found['only_a']}, "
         f"only B {found['only_b']}, neither {found['neither']}",
@@ -65,8 +88,8 @@ def comparison_text(found: dict) -> str:
         type_table(found["by_type"]).to_string(),
         f"won: {found['won']}",
         f"lost: {found['lost']}",
-        f"net win needed among as many discordant prompts: {sensitivity['net_needed']}",
-        f"prompts needed to detect this effect with 80 % power: {sensitivity['prompts_needed']}",
+        "smallest effect that is found with 80 % power among as many discordant prompts: "
+        + (f"{smallest:.1f} points" if smallest else "none"),
         f"B against A: {found['verdict']} (net {found['net']:+d}, exact McNemar "
         f"p = {found['mcnemar_p']:.3g}, alpha {found['alpha']:g})",
     ]

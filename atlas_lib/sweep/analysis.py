@@ -12,7 +12,13 @@ from atlas_lib.config import overlay_layer
 from atlas_lib.evaluate import significance
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+
+Pair = tuple[int, int]  # numbers of two points
+BY_PROMPT = "dev_strict"  # the objective of which there is a verdict for every prompt
+DRAWS = 2000  # of a bootstrap
+UNTESTED = "not tested: one seed"
 
 
 def ranked(exported: dict) -> list[dict]:
@@ -59,69 +65,146 @@ def spread(row: dict, metric: str) -> tuple[float, float, float]:
 
 def strict_interval(row: dict) -> list[float]:
     """95 % interval of the strict accuracy over all seeds, by a bootstrap over prompts."""
-    passed = [sum(scores) for scores in _by_prompt(row).values()]
-    return significance.share_ci(passed, [len(row["runs"])] * len(passed))
+    passed = _passed(row)
+    return significance.share_ci(passed.sum(axis=0), [len(passed)] * passed.shape[1])
 
 
-def _by_prompt(row: dict) -> dict[Any, list[int]]:
-    """{key of a prompt: [1 if passed else 0, for each seed]}."""
-    runs = [run["verdicts"] for run in row["runs"].values()]
-    return {key: [run[i][1] for run in runs] for i, (key, _) in enumerate(runs[0])}
+def _passed(row: dict) -> "np.ndarray":
+    """Which prompts passed (0 or 1), seeds x prompts."""
+    import numpy as np
+
+    return np.array([[score for _, score in run["verdicts"]] for run in row["runs"].values()])
 
 
-def compare_points(better: dict, other: dict) -> dict:
-    """`better` against `other` on the same prompts: {won, lost, points, ci95, p, seeds_agree}.
+def prompt_counts(rows: list[dict]) -> dict[Pair, list[int]]:
+    """{pair of points: prompts that the first one wins and loses}: those that more seeds pass.
 
-    A prompt is won if more seeds pass it; wins and losses get McNemar's exact test. `seeds_agree`:
-    the worst seed of one point is above the best seed of the other. Raises ValueError if the
-    prompts differ.
+    Raises ValueError if the prompts differ.
     """
-    ours, theirs = _by_prompt(better), _by_prompt(other)
-    if ours.keys() != theirs.keys():
-        raise ValueError("The two points were evaluated on different prompts; run both again.")
-    gains = [statistics.mean(ours[key]) - statistics.mean(theirs[key]) for key in ours]
-    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    (_, low, high), (_, other_low, other_high) = (spread(r, "dev_strict") for r in (better, other))
-    ci95 = significance.bootstrap(gains, [1] * len(gains), significance.RESAMPLES)
+    keys = [[key for key, _ in run["verdicts"]] for row in rows for run in row["runs"].values()]
+    if any(other != keys[0] for other in keys):
+        raise ValueError("The points were evaluated on different prompts; run them again.")
+    shares = {row["number"]: _passed(row).mean(axis=0) for row in rows}
     return {
-        "trial": other["number"],
-        "won": won,
-        "lost": lost,
-        "points": 100 * statistics.mean(gains),
-        "ci95": [100 * bound for bound in ci95],
-        "p": significance.mcnemar_p(lost, won),
-        "seeds_agree": low > other_high or high < other_low,
+        (a, b): [int((shares[a] > shares[b]).sum()), int((shares[a] < shares[b]).sum())]
+        for a, b in itertools.combinations(shares, 2)
     }
 
 
-def compare_best(rows: list[dict], alpha: float = significance.ALPHA) -> list[dict]:
-    """The first point against every other, with a verdict: better, worse or not distinguishable.
+def prompt_p_values(counts: dict[Pair, list[int]]) -> dict[Pair, float]:
+    """McNemar's exact p of every pair, corrected for all pairs (Holm): prompts are the sample."""
+    import numpy as np
 
-    The first point was chosen after seeing all, so p is corrected for all pairs of points (Holm).
+    p_values = significance.mcnemar_p(*np.array([*counts.values()], int).reshape(-1, 2).T)
+    return significance.holm(dict(zip(counts, p_values.tolist(), strict=True)))
+
+
+def seed_p_values(rows: list[dict], metric: str) -> list[float]:
+    """p of the first point against each other by Tukey's HSD, which holds for all pairs of points.
+
+    The seeds are the sample; their variance is pooled over all points. Nothing with one seed.
     """
-    pairs = {(a["number"], b["number"]): (a, b) for a, b in itertools.combinations(rows, 2)}
-    compared = {numbers: compare_points(*pair) for numbers, pair in pairs.items()}
-    adjusted = significance.holm({numbers: found["p"] for numbers, found in compared.items()})
-    for numbers, found in compared.items():
-        found["p_adjusted"] = adjusted[numbers]
-        real = adjusted[numbers] < alpha and found["seeds_agree"]
-        word = "better" if found["won"] > found["lost"] else "worse"
-        found["verdict"] = word if real else "not distinguishable"
-    return [found for (first, _), found in compared.items() if first == rows[0]["number"]]
+    import numpy as np
+    from scipy.stats import studentized_range
+
+    error, shape = _seed_error(rows, metric)
+    if not shape:
+        return []
+    means = np.array([spread(row, metric)[0] for row in rows])
+    gaps = abs(means[1:] - means[0]) / max(error, 1e-12)  # seeds may not differ at all
+    return studentized_range.sf(gaps, *shape).tolist()
 
 
-def comparison_table(compared: list[dict], rows: list[dict]) -> "pd.DataFrame":
+def _seed_error(rows: list[dict], metric: str) -> tuple[float, tuple[int, ...]]:
+    """The standard error of a point's mean, and Tukey's number of groups and degrees of freedom."""
+    seeds = len(rows[0]["runs"])
+    if min(seeds, len(rows)) < 2:
+        return 0.0, ()
+    scores = [[run[metric] for run in row["runs"].values()] for row in rows]
+    variance = statistics.mean(map(statistics.variance, scores))
+    return (variance / seeds) ** 0.5, (len(rows), len(rows) * (seeds - 1))
+
+
+def compare_best(
+    rows: list[dict], metric: str = BY_PROMPT, alpha: float = significance.ALPHA
+) -> list[dict]:
+    """The first point against every other: {trial, difference, p_seeds, verdict, ...}.
+
+    Better means that the difference is larger than the noise of the seeds (Tukey's HSD) and, if the
+    objective is `dev_strict`, than that of the prompts (McNemar, Holm). The first point was chosen
+    after seeing all of them, so both tests hold for all pairs of points.
+    """
+    by_seeds = seed_p_values(rows, metric) or [None] * len(rows[1:])
+    counts = prompt_counts(rows) if metric == BY_PROMPT else {}
+    by_prompts = prompt_p_values(counts)
+    compared = []
+    for other, p_seeds in zip(rows[1:], by_seeds, strict=True):
+        pair = rows[0]["number"], other["number"]
+        difference = spread(rows[0], metric)[0] - spread(other, metric)[0]
+        found = {"trial": other["number"], "difference": difference, "p_seeds": p_seeds}
+        tests = [p_seeds or 0.0]
+        if counts:
+            won, lost = counts[pair]
+            gains = _passed(rows[0]).mean(axis=0) - _passed(other).mean(axis=0)
+            found |= {"ci95": significance.bootstrap(gains, [1] * len(gains))}
+            found |= {"won": won, "lost": lost, "p_prompts": by_prompts[pair]}
+            tests.append(by_prompts[pair] if won > lost else 1.0)
+        word = "better" if max(tests) < alpha else "not distinguishable"
+        found["verdict"] = UNTESTED if p_seeds is None else word
+        compared.append(found)
+    return compared
+
+
+def best_table(compared: list[dict], rows: list[dict]) -> "pd.DataFrame":
     """The results of `compare_best`, formatted for display."""
     import pandas as pd
 
     labels = {row["number"]: label(row) for row in rows}
-    table = pd.DataFrame(compared).assign(
-        against=[labels[found["trial"]] for found in compared],
-        points=[f"{found['points']:+.1f}" for found in compared],
-        ci95=["{:+.1f} to {:+.1f}".format(*found["ci95"]) for found in compared],
-        p=[f"{found['p_adjusted']:.2g}" for found in compared],
-    )
-    return table[["against", "points", "ci95", "won", "lost", "p", "seeds_agree", "verdict"]]
+    table = pd.DataFrame(compared)
+    table["trial"] = [labels[trial] for trial in table["trial"]]
+    for name, form in (("difference", "{:+.4f}"), ("p_prompts", "{:.2g}"), ("p_seeds", "{:.2g}")):
+        if name in table:
+            table[name] = [form.format(x) if pd.notna(x) else "-" for x in table[name]]
+    if "ci95" in table:
+        table["ci95"] = ["{:+.3f} to {:+.3f}".format(*bounds) for bounds in table["ci95"]]
+    return table.rename(columns={"trial": "against"}).set_index("against")
+
+
+def smallest_differences(rows: list[dict], metric: str, alpha: float) -> list[str]:
+    """What this sweep can detect, as sentences: by the noise of its seeds and of its prompts."""
+    from scipy.stats import studentized_range
+
+    said = []
+    error, shape = _seed_error(rows, metric)
+    if shape:
+        least = error * studentized_range.isf(alpha, *shape)
+        said.append(f"seeds: a difference in {metric} below {least:.4f} is not significant")
+    if metric == BY_PROMPT and len(rows) > 1:
+        counts, n = prompt_counts(rows).values(), _passed(rows[0]).shape[1]
+        discordant = statistics.mean(map(sum, counts)) / n
+        points = significance.smallest_effect(n, discordant, alpha / len(counts))
+        smallest = f"is {points:.1f} points" if points else "does not exist"
+        said.append(
+            f"prompts: the smallest effect that {n} prompts show with 80 % power, corrected for "
+            f"{len(counts)} pairs, {smallest} ({discordant:.0%} of the prompts are discordant)"
+        )
+    return said
+
+
+def winners_optimism(rows: list[dict]) -> float:
+    """By how much the strict accuracy of the best is too high if all points are equally good.
+
+    The mean, over a bootstrap of prompts and seeds, of the largest deviation of a point from its
+    own accuracy.
+    """
+    import numpy as np
+
+    passed, draw = np.array([_passed(row) for row in rows]), np.random.default_rng(0)
+    points, seeds, prompts = passed.shape
+    weights = draw.multinomial(prompts, [1 / prompts] * prompts, size=DRAWS) / prompts
+    of_seeds = draw.multinomial(seeds, [1 / seeds] * seeds, size=(points, DRAWS)) / seeds
+    scores = np.einsum("psr,prs->pr", passed @ weights.T, of_seeds)
+    return float((scores - passed.mean(axis=(1, 2))[:, None]).max(axis=0).mean())
 
 
 def at_an_edge(exported: dict, row: dict) -> list[str]:

@@ -44,6 +44,17 @@ def save_adapter(
     settings.save_pretrained(folder)
 
 
+def doubts(model: "PeftModel", first_loss: float, last_loss: float) -> list[str]:
+    """Signs that the training has taught the model nothing, as sentences."""
+    updates = [p for name, p in model.named_parameters() if ".lora_B." in name]
+    found = []
+    if all(p.abs().max() < 1e-6 for p in updates):  # one step of the recipe moves them by 1e-4
+        found.append("the adapter is still zero and changes nothing; see train.learning_rate.")
+    if last_loss >= first_loss:
+        found.append(f"the loss did not fall ({first_loss:.3f} to {last_loss:.3f}).")
+    return found
+
+
 def logits_difference(
     one: "PeftModel", other: "PeftModel", input_ids: Sequence[int], device: Device
 ) -> float:

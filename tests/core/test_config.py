@@ -157,6 +157,8 @@ SEEDS = ("seed", "train.seed", "data.shuffle_seed", "offline.corpus_seed")
         ("train.learning_rate", float("nan"), "number"),
         *((key, value, "") for key in BELOW_ONE for value in (-1, float("nan"), 3.69, True)),
         ("train.packing", "maybe", "boolean"),
+        # It would train on the user's turns, which 03 refuses; to run 02 again would not help.
+        *(("train.assistant_only_loss", value, "should be True") for value in (False, None)),
         ("train.lr_scheduler_kwargs", 5, "dictionary"),  # without the name of a union's member
         ("train.save_strategy", False, "not be true or false"),  # what YAML makes of a bare `no`
         ("run.require_gpu", "perhaps", "boolean"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
-from checks import run_python
+from checks import refusal, run_python
 from ifeval_cases import random_adapter
 from tiny import TINY
 
@@ -130,6 +130,14 @@ def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch)
     assert generate_all(config, adapter, out) == found
 
 
+def test_a_prompt_longer_than_the_context_is_named(config, adapter, tmp_path):
+    prompts = [{"key": key, "prompt": "tea " * words} for key, words in ((3, 9), (8, 4000))]
+    collect = grid.collector("base", config, CPU, adapter, prompts, tmp_path)
+    message = refusal(collect, "raw")
+    assert "The prompts with the keys [8] do not fit the model's context of" in message
+    assert "remove them from eval.prompts" in message
+
+
 def test_an_adapter_is_merged_unless_in_4_bits(config, adapter):
     merged = grid.load_model("SFT", config, CPU, adapter)
     assert not any("lora" in name for name, _ in merged.named_parameters())
@@ -200,8 +208,27 @@ def test_responses_of_other_files_in_the_same_folder_are_not_reused(
 
 def test_published_figures_stand_beside_the_full_run_only():
     rows = grid.known_figures(load_config("sft_qwen05b"))
-    values = {(r["model"], r["format"]): r["value"] for r in rows if r["should_agree"]}
-    assert values == {("base", "raw"): 0.1238, ("Instruct", "raw"): 0.1885}
-    assert all(row["source"] for row in rows)
+    prompts = [row for row in rows if row["metric"] == "prompt_level_strict_acc"]
+    values = {(r["model"], r["format"]): r["value"] for r in prompts if r["should_agree"]}
+    assert values == {
+        ("base", "raw"): 0.1238,
+        ("Instruct", "raw"): 0.1885,
+        ("Instruct", "chat"): 0.279,
+    }
+    for row in rows:
+        assert all(row[name] for name in ("metric", "protocol", "engine", "precision", "source"))
+
+
+def test_the_criterion_of_the_recipe_is_quoted():
+    rows = [
+        r for r in grid.known_figures(load_config("sft_qwen05b")) if "criterion" in r["protocol"]
+    ]
+    assert {(r["metric"], r["value"]) for r in rows} == {
+        ("prompt_level_strict_acc", 0.25), ("inst_level_strict_acc", 0.4),
+    }  # fmt: skip
+    assert all("Success criterion" in row["source"] for row in rows)
+
+
+def test_published_figures_are_not_shown_beside_other_runs():
     assert grid.known_figures(load_config("sft_qwen05b", "offline")) == []
     assert grid.known_figures(load_config("sft_qwen05b", "", {"eval.limit": 40})) == []

@@ -266,14 +266,14 @@ def test_compare_command_reports_the_paired_test(tmp_path, capsys):
     found = json.loads(report.read_text())
     theirs = significance.paired(ifeval_files.load_verdicts(a), ifeval_files.load_verdicts(b))
     assert found.items() >= json.loads(json.dumps(theirs)).items()
-    assert found["sensitivity"] == significance.sensitivity(theirs, 541, 0.05)
-    assert (found["n"], found["verdict"]) == (541, "clear margin")
+    smallest = significance.smallest_effect(541, 54 / 541, 0.05)
+    assert found["smallest_effect_points"] == pytest.approx(smallest)
+    assert (found["n"], found["verdict"]) == (541, "better")
     for line in [
         "both 0, only A 17, only B 37, neither 487",
         "+3.70 points",
-        "effect with 80 % power: 605",
-        "needed among as many discordant prompts: 16",
-        "B against A: clear margin (net +20, exact McNemar p = 0.00907",
+        "with 80 % power among as many discordant prompts: 3.9 points",
+        "B against A: better (net +20, exact McNemar p = 0.00907",
     ]:
         assert line in shown, shown
     assert re.search(r"startend:quotation +37 +17 +0 +487 +20", shown)

@@ -43,10 +43,6 @@ def interval(verdicts):
     return significance.share_ci(passed, sizes)
 
 
-def sensitivity(only_a, only_b, n=541, alpha=0.05):
-    return significance.sensitivity({"only_a": only_a, "only_b": only_b}, n, alpha)
-
-
 # --- intervals
 
 
@@ -149,7 +145,6 @@ def test_swapping_a_and_b_mirrors_everything():
         assert there[f"{name}_points"] == pytest.approx(-back[f"{name}_points"])
         mirrored = [-bound for bound in reversed(back[f"{name}_ci95"])]
         assert there[f"{name}_ci95"] == pytest.approx(mirrored, abs=1e-9)
-    assert significance.sensitivity(there, 541, 0.05) == significance.sensitivity(back, 541, 0.05)
 
 
 @pytest.mark.parametrize("outcomes", [(3, 0, 0, 4), (0, 0, 0, 1)])
@@ -157,16 +152,13 @@ def test_no_discordant_pair_finds_nothing(outcomes):
     found = significance.paired(*sides(*outcomes))
     assert (found["mcnemar_p"], found["net"]) == (1.0, 0)
     assert found["difference_ci95"] == found["inst_difference_ci95"] == [0.0, 0.0]
-    n = sum(outcomes)
-    assert significance.sensitivity(found, n, 0.05) == {
-        "net_needed": None, "prompts_needed": None, "power": 0.8,
-    }  # fmt: skip
+    assert significance.smallest_effect(sum(outcomes), 0.0, 0.05) is None
 
 
 def test_one_prompt():
     found = significance.paired(*sides(0, 0, 1, 0))
     assert (found["mcnemar_p"], found["difference_points"]) == (1.0, 100.0)
-    assert significance.sensitivity(found, 1, 0.05)["net_needed"] is None
+    assert significance.smallest_effect(1, 1.0, 0.05) is None
 
 
 def test_other_prompts_are_refused():
@@ -190,19 +182,28 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("net", "n", "p", "share", "words"),
+    ("net", "low", "p", "words"),
     [
-        (20, 541, 0.033, 20 / 541, "clear margin"),
-        (20, 542, 0.033, 20 / 541, "better, but small"),
-        (7, 100, 0.01, 0.07, "clear margin"),  # although 0.07 * 100 > 7
-        (-20, 541, 0.033, 20 / 541, "worse"),
-        (20, 541, 0.057, 20 / 541, "not distinguishable"),
-        (8, 100, 0.05, 0.01, "not distinguishable"),  # p < alpha, not p <= alpha
-        (0, 541, 1.0, 20 / 541, "not distinguishable"),
+        (20, 3.8, 0.033, "clear margin"),
+        (20, 3.69, 0.033, "better"),  # 20 of 541 is 3.697 points
+        (-20, -6.0, 0.033, "worse"),
+        (20, 3.8, 0.05, "not distinguishable"),  # p < alpha, not p <= alpha
+        (0, 0.0, 1.0, "not distinguishable"),
     ],
 )
-def test_verdict_in_words(net, n, p, share, words):
-    assert significance.verdict(net, n, p, 0.05, share) == words
+def test_verdict_in_words(net, low, p, words):
+    found = {"net": net, "difference_ci95": [low, low + 5]}
+    assert significance.verdict(found, p, 0.05, significance.CLEAR_SHARE) == words
+
+
+@pytest.mark.parametrize("n", [20, 121, 541, 2000])
+def test_a_significant_gain_is_not_always_a_clear_margin(n):
+    """The smallest net win that is significant, at every number of prompts: 6 wins, 0 losses."""
+    found = significance.paired(*sides(both=n - 6, only_a=0, only_b=6, neither=0))
+    assert found["mcnemar_p"] < 0.05
+    clear = significance.CLEAR_SHARE
+    words = significance.verdict(found, found["mcnemar_p"], 0.05, clear)
+    assert words == ("clear margin" if n == 20 else "better")
 
 
 def test_comparisons_follow_the_plan():
@@ -218,13 +219,14 @@ def test_comparisons_follow_the_plan():
     assert [(c["a"], c["b"]) for c in found[:2]] == [
         (["base", form], ["SFT", form]) for form in ("chat", "raw")
     ]
-    assert [c["p_adjusted"] for c in found[:2]] == [c["mcnemar_p"] for c in found[:2]]
+    primary, secondary = (c["mcnemar_p"] for c in found[:2])
+    assert [c["p_adjusted"] for c in found[:2]] == [primary, max(primary, secondary)]
     others = {str(i): c["mcnemar_p"] for i, c in enumerate(found[2:])}
     assert [c["p_adjusted"] for c in found[2:]] == list(significance.holm(others).values())
     for c in found:
         pair = verdicts[tuple(c["a"])], verdicts[tuple(c["b"])]
         assert c.items() >= significance.paired(*pair).items()
-        assert c["verdict"] == significance.verdict(c["net"], 60, c["p_adjusted"], 0.05, 0.05)
+        assert c["verdict"] == significance.verdict(c, c["p_adjusted"], 0.05, 0.05)
     json.dumps(found)
 
 
@@ -245,16 +247,45 @@ def test_an_adjusted_p_decides_the_verdict_of_the_others():
     assert first["verdict"] == "not distinguishable"
 
 
-# --- sensitivity
-
-
 @pytest.mark.parametrize(
-    ("discordant", "net"), [(20, 10), (40, 14), (60, 18), (100, 22), (5, None)]
+    ("primary", "verdict_of_secondary"),
+    [((5, 25), "better"), ((25, 5), "better"), ((10, 14), "not tested")],
 )
-def test_net_win_needed(discordant, net):
-    half = discordant // 2
-    found = sensitivity(half, discordant - half, 541)
-    assert found["net_needed"] == net
+def test_the_secondary_comparison_waits_for_the_primary(primary, verdict_of_secondary):
+    """Both at alpha, whatever the first says, would make one of them significant in 7 % of runs."""
+    only_a, only_b = primary
+    base, sft = sides(0, only_a, only_b, 121 - only_a - only_b)
+    raw_base, raw_sft = sides(30, 4, 16, 71)
+    rows = {("base", "chat"): base, ("SFT", "chat"): sft}
+    rows |= {("base", "raw"): raw_base, ("SFT", "raw"): raw_sft}
+    first, second, *_ = significance.compare_grid(rows, 0.05, 0.04)
+    assert second["mcnemar_p"] < 0.05
+    assert second["verdict"] == verdict_of_secondary
+    assert second["p_adjusted"] == max(first["mcnemar_p"], second["mcnemar_p"])
+
+
+def test_one_of_the_named_comparisons_is_significant_by_chance_in_one_of_twenty_runs():
+    draw, runs = np.random.default_rng(5), 20_000
+    discordant = draw.binomial(541, 0.15, size=(2, runs))
+    wins = draw.binomial(discordant, 0.5)
+    primary, secondary = significance.mcnemar_p(discordant - wins, wins)
+    assert np.mean(np.minimum(primary, secondary) < 0.05) > 0.06, "without the order"
+    in_order = (primary < 0.05) | (np.maximum(primary, secondary) < 0.05)
+    assert np.mean(in_order) <= 0.05
+
+
+def test_parts_are_compared_apart():
+    a, b = sides(both=2, only_a=3, only_b=4, neither=1)
+    parts = {"lost": [2, 3, 4], "empty": [], "rest": [0, 1, 5, 6, 7, 8, 9]}
+    found = significance.compare_parts(a, b, parts)
+    assert [(row["part"], row["n"], row["net"]) for row in found] == [
+        ("lost", 3, -3),
+        ("rest", 7, 4),
+    ]
+    assert found[1]["won"] == [5, 6, 7, 8]
+
+
+# --- what can be detected
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.01, 0.0625])  # 0.0625 is p of 5 wins of 5: not below it
@@ -266,18 +297,18 @@ def test_wins_needed_by_trying_all(alpha):
         assert significance.wins_needed(discordant, alpha) == (enough or [discordant + 1])[0]
 
 
-def test_prompts_needed_has_80_percent_power_by_simulation():
+@pytest.mark.parametrize(("n", "discordant"), [(541, 0.1), (541, 0.25), (121, 0.15)])
+def test_the_smallest_effect_has_80_percent_power_by_simulation(n, discordant):
     """100,000 experiments of that size, each with its own exact test."""
-    only_a, only_b, n = 17, 37, 541
-    needed = sensitivity(only_a, only_b, n)["prompts_needed"]
-    shares = [only_b / n, only_a / n, 1 - (only_a + only_b) / n]
-    wins, losses, _ = np.random.default_rng(0).multinomial(needed, shares, size=100_000).T
+    effect = significance.smallest_effect(n, discordant, 0.05) / 100
+    shares = [(discordant + effect) / 2, (discordant - effect) / 2, 1 - discordant]
+    wins, losses, _ = np.random.default_rng(0).multinomial(n, shares, size=100_000).T
     p = 2 * stats.binom.cdf(losses, wins + losses, 0.5)  # where wins are more
     assert np.mean((wins > losses) & (p < 0.05)) == pytest.approx(0.8, abs=0.006)
-    power = [significance.power(prompts, *shares[:2], 0.05) for prompts in (needed, needed - 9)]
-    assert power[0] >= 0.8 > power[1]
 
 
-def test_wins_alone_need_six():
-    """With wins only, on every prompt, 6 of 6 is the first with p < 0.05."""
-    assert sensitivity(0, 3, 3)["prompts_needed"] == 6
+def test_the_smallest_effect_of_ifeval():
+    """In points, at 5 to 25 % of discordant prompts."""
+    found = [significance.smallest_effect(541, d, 0.05) for d in significance.DISCORDANT]
+    assert found == pytest.approx([2.8, 3.9, 4.8, 5.5, 6.2], abs=0.05)
+    assert significance.smallest_effect(121, 0.05, 0.05) is None, "six wins of 121 are rare"

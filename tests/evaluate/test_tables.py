@@ -43,16 +43,38 @@ def test_comparisons_name_wins_losses_and_the_adjusted_p(verdicts):
     assert kind == {"won": 9, "lost": 2, "both": 1, "neither": 0, "net": 7}
 
 
+def test_parts_show_what_was_lost_beside_what_was_won(verdicts):
+    parts = {"taught": [*range(6)], "others": [*range(6, 12)]}
+    found = significance.compare_parts(verdicts["base", "chat"], verdicts["SFT", "chat"], parts)
+    table = tables.part_table(found)
+    assert table.loc["taught"].to_dict() == {
+        "prompts": 6, "before": 3, "after": 4, "won": 3, "lost": 2, "p": "1",
+    }  # fmt: skip
+    assert [*table.loc["others", ["before", "after"]]] == [0, 6]
+
+
+def test_the_verdict_says_that_it_is_about_one_adapter(verdicts):
+    [compared] = significance.compare_grid(verdicts, 0.05, 0.04)
+    line = tables.verdict_line(compared)
+    assert line.startswith("SFT chat against base chat: not distinguishable. +58.33 points (")
+    assert "on 12 prompts, 9 won, 2 lost, p = 0.065." in line
+    assert "this one adapter" in line
+
+
+PROMPT, INSTRUCTION = "prompt_level_strict_acc", "inst_level_strict_acc"
+
+
 @pytest.mark.parametrize(
-    ("model", "value", "should_agree", "expected"),
+    ("model", "metric", "value", "expected"),
     [
-        ("base", 0.26, True, ("0.2500", "yes")),
-        ("base", 0.9, True, ("0.2500", "no")),
-        ("base", 0.9, False, ("0.2500", "-")),
-        ("Instruct", 0.2, True, ("not run", "-")),
+        ("base", PROMPT, 0.26, ("0.2500", "+0 of 12 prompts")),
+        ("base", PROMPT, 0.42, ("0.2500", "-2 of 12 prompts")),
+        ("SFT", INSTRUCTION, 0.75, ("0.8333", "+1 of 12 instructions")),
+        ("base", "mean of both levels", 0.3, ("not measured", "-")),
+        ("Instruct", PROMPT, 0.2, ("not run", "-")),
     ],
 )
-def test_published_figures_beside_ours(metrics, model, value, should_agree, expected):
-    known = {"model": model, "format": "chat", "value": value, "should_agree": should_agree}
+def test_published_figures_beside_ours(metrics, model, metric, value, expected):
+    known = {"model": model, "format": "chat", "metric": metric, "value": value}
     [row] = tables.beside_ours([known], metrics)
-    assert (row["ours"], row["agrees"]) == expected and row.items() >= known.items()
+    assert (row["ours"], row["apart"]) == expected and row.items() >= known.items()

@@ -79,6 +79,14 @@ def test_training_teaches_the_instructions_and_the_end_of_turn(whole):
     assert sft["eos_rate"] >= 0.95
 
 
+def test_the_fall_on_what_was_not_taught_is_reported(whole):
+    found = read(whole[0] / "04_ifeval_eval" / "ifeval.json")
+    parts = {row["part"]: row for row in found["parts"]}
+    assert parts["all types taught"]["net"] > 0 > parts["other types"]["net"]
+    assert sum(row["net"] for row in parts.values()) == found["comparisons"][0]["net"]
+    assert "SFT chat against base chat: clear margin." in whole[1]
+
+
 def test_metrics_hold_every_model_and_format_and_their_run(whole):
     metrics = read(whole[0] / "metrics.json")
     grid = {(row["model"], row["format"]) for row in metrics}

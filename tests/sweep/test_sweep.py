@@ -5,6 +5,7 @@ test_sweep_postgres.py runs them on a database server.
 """
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from checks import refusal
 from optuna.trial import TrialState
+from scipy import stats
 from sweep_studies import (
     TRIVIAL,
     Study,
@@ -633,24 +635,92 @@ def test_only_a_real_difference_is_called_better(four_points):
     assert verdicts(rows) == {2: "not distinguishable", 1: "better", 3: "better"}
 
 
-def test_seeds_that_overlap_forbid_the_word():
-    rows = [a_row(0, [passing(40), passing(10)], x=1), a_row(1, [passing(12), passing(12)], x=2)]
-    [found] = analysis.compare_best(rows)
-    assert found["p_adjusted"] < 0.05
-    assert found["verdict"] == "not distinguishable"
+def test_the_noise_of_the_seeds_is_that_of_all_points():
+    """The seeds of a point may agree by chance while those of the others differ by 30 prompts."""
+    quiet = [a_row(0, [passing(35)] * 2, x=0), a_row(1, [passing(15)] * 2, x=1)]
+    noisy = [a_row(n, [passing(0), passing(30)], x=n) for n in range(2, 6)]
+    assert verdicts(quiet) == {1: "better"}
+    found = analysis.compare_best([*quiet, *noisy])
+    assert found[0]["p_prompts"] < 0.05 <= found[0]["p_seeds"]
+    assert found[0]["verdict"] == "not distinguishable"
 
 
 def test_more_points_to_choose_from_take_more_to_convince():
     """Eight wins of eight, p = 0.008, would survive the four pairs shown, but ten were possible."""
-    best, other = a_row(0, [passing(18)], x=0), a_row(1, [passing(10)], x=1)
-    assert verdicts([best, other]) == {1: "better"}
-    more = [a_row(n, [passing(10)], x=n) for n in range(2, 5)]
+    best, other = (a_row(n, [passing(n), passing(n)], x=n) for n in (18, 10))
+    assert verdicts([best, other]) == {10: "better"}
+    more = [a_row(n, [passing(10)] * 2, x=n) for n in range(2, 5)]
     assert set(verdicts([best, other, *more]).values()) == {"not distinguishable"}
 
 
+def test_fewer_prompts_won_is_never_better():
+    """A higher mean by a few prompts that both seeds win, against many that one seed loses."""
+    ours = [[1] * 12 + [0] * 28, [1] * 12 + [0] * 28]
+    theirs = [[0] * 12 + [1] * 20 + [0] * 8, [0] * 40]
+    [found] = analysis.compare_best([a_row(0, ours, x=0), a_row(1, theirs, x=1)])
+    assert found["difference"] > 0 and found["won"] < found["lost"]
+    assert found["verdict"] == "not distinguishable"
+
+
+def test_one_seed_is_not_tested():
+    rows = [a_row(0, [passing(40)], x=0), a_row(1, [passing(2)], x=1)]
+    [found] = analysis.compare_best(rows)
+    assert found["p_prompts"] < 0.05
+    assert (found["p_seeds"], found["verdict"]) == (None, "not tested: one seed")
+    assert list(analysis.best_table([found], rows)["p_seeds"]) == ["-"]
+
+
+def test_points_are_judged_by_the_objective_of_the_sweep(four_points):
+    """The losses of the fixture follow the number of the point, not its accuracy."""
+    rows = sorted(four_points["trials"], key=lambda row: row["number"])
+    for row in rows:
+        for seed, run in row["runs"].items():
+            run["validation_loss"] += 0.001 * int(seed)
+    found = analysis.compare_best(rows, "validation_loss")
+    assert {c["trial"]: c["verdict"] for c in found} == dict.fromkeys((1, 2, 3), "better")
+    assert [round(c["difference"], 6) for c in found] == [-0.1, -0.2, -0.3]
+    assert "p_prompts" not in found[0]
+    for row in rows:
+        for run in row["runs"].values():
+            del run["verdicts"]  # a sweep of stage 03 only
+    assert analysis.compare_best(rows, "validation_loss") == found
+    [said] = analysis.smallest_differences(rows, "validation_loss", 0.05)
+    assert said.startswith("seeds: a difference in validation_loss below 0.00")
+
+
+def test_the_seeds_test_is_tukeys():
+    draw = random.Random(1)
+    scores = [[draw.gauss(point / 2, 1) for _ in range(3)] for point in range(5)]
+    rows = [
+        a_row(n, [passing(1)] * 3, x=n) | {"runs": {str(i): {"m": x} for i, x in enumerate(given)}}
+        for n, given in enumerate(scores)
+    ]
+    expected = stats.tukey_hsd(*scores)
+    assert analysis.seed_p_values(rows, "m") == pytest.approx(expected.pvalue[0, 1:])
+    bounds = expected.confidence_interval(0.95)
+    [said] = analysis.smallest_differences(rows, "m", 0.05)
+    assert f"below {(bounds.high - bounds.low)[0, 1] / 2:.4f} is" in said
+
+
+def test_what_the_prompts_of_a_sweep_can_show(four_points):
+    rows = analysis.ranked(four_points)
+    said = analysis.smallest_differences(rows, "dev_strict", 0.05)
+    assert said[1].startswith("prompts: the smallest effect that 40 prompts show with 80 % power")
+    assert "corrected for 6 pairs" in said[1]
+
+
+def test_the_best_of_many_is_too_high():
+    draw = random.Random(2)
+    rows = [a_row(n, [[draw.random() < 0.3 for _ in range(121)]], x=n) for n in range(12)]
+    many, one = analysis.winners_optimism(rows), analysis.winners_optimism(rows[:1])
+    assert 0.01 < many < 0.08
+    assert abs(one) < 0.003
+
+
 def test_different_prompts_are_not_compared():
+    rows = [a_row(0, [passing(3, 5)], x=0), a_row(1, [passing(3, 6)], x=1)]
     with pytest.raises(ValueError, match="different prompts"):
-        analysis.compare_points(a_row(0, [passing(3, 5)]), a_row(1, [passing(3, 6)]))
+        analysis.compare_best(rows)
 
 
 @pytest.mark.parametrize("config", ["sft_qwen05b", "sft_qwen05b_fast"])
@@ -692,5 +762,7 @@ def test_the_report_page(n, four_points, tmp_path):
     shown = json.dumps(outputs)
     assert "learning_rate 0.001, r 4 is first with dev_strict" in shown
     assert "test-set evaluations: 1" in shown
+    assert ("better than 2 of the 3 other points" if n == 4 else "not tested") in shown
+    assert "too high by up to" in shown
     assert shown.count("image/png") >= 3
     assert yaml.safe_load((tmp_path / "winner.yaml").read_text("utf-8"))["lora"]["r"] == 4

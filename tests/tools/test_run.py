@@ -163,6 +163,20 @@ def test_the_table_has_a_line_for_each_model_and_format_and_its_label():
     assert label == "a tiny model"
 
 
+def test_the_primary_verdict_follows_the_table(tmp_path):
+    """Also of a result that an earlier version has written, with a verdict that is not used now."""
+    row = {"comparison": "SFT chat against base chat", "verdict": "better, but small"}
+    row |= {"both": 9, "only_a": 2, "only_b": 12, "neither": 77, "p_adjusted": 0.013}
+    row |= {"difference_points": 10.0, "difference_ci95": [3.0, 17.0]}
+    path = tmp_path / stages.IFEVAL_EVAL / "ifeval.json"
+    artifacts.write_json(path, {"comparisons": [row, row | {"comparison": "raw"}]})
+    assert run.primary_verdict(tmp_path) == (
+        "SFT chat against base chat: better, but small. +10.00 points (+3.00 to +17.00) of "
+        "prompt-level strict accuracy on 100 prompts, 12 won, 2 lost, p = 0.013. The test is about "
+        "this one adapter; another seed gives another."
+    )
+
+
 def stderr_line(done: subprocess.CompletedProcess) -> str:
     """The one line that a refused run prints."""
     assert done.returncode == 1, done.stdout

@@ -43,6 +43,17 @@ def test_4_bit_weights_count_once_each(tiny_config):
     assert total - trainable == whole.num_parameters()
 
 
+def test_a_training_that_taught_nothing_is_doubted(tiny_config):
+    model = adapted(tiny_config, models.load_weights("base", tiny_config, CPU, in_4bit=False))
+    zero, flat = adapters.doubts(model, 2.0, 2.0)
+    assert zero.startswith("the adapter is still zero")
+    assert flat == "the loss did not fall (2.000 to 2.000)."
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert adapters.doubts(model, 2.0, 1.9) == []
+
+
 @pytest.fixture
 def saved(tiny_config, tmp_path):
     """(model with a random adapter, the folder where the adapter is saved)."""
