@@ -67,10 +67,11 @@ bootstrap.ensure()
 
 # %% tags=["setup"]
 import math
+import time
 
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, devices, models, notebooks, session, sources
+from atlas_lib import artifacts, devices, models, notebooks, session
 from atlas_lib.evaluate import grid, guardrails, ifeval, significance, tables
 
 config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
@@ -166,7 +167,10 @@ adapter = config.model.adapter or trained / "adapter"
 # each takes the next model and format that no other GPU has taken.
 
 # %% tags=["generate"]
+stored, started = grid.stored_tokens(out), time.monotonic()
 responses = grid.generate_all(config, device, adapter, prompts, out)
+seconds, tokens = time.monotonic() - started, grid.stored_tokens(out) - stored
+work = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 # %%
 verdicts = {
@@ -262,7 +266,7 @@ notebooks.show_figure(figure, f"Differences with intervals: {'; '.join(points)}.
 
 # %%
 prompt_format = primary["b"][1]
-taught = sources.taught_types(config)
+taught = grid.taught_types(config)
 by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == prompt_format}
 shares = pd.DataFrame(by_type).map(lambda counts: counts[0] / counts[1])
 shares = shares.rename(lambda kind: f"{'• ' if kind in taught else ''}{kind}").sort_values("SFT")
@@ -341,7 +345,8 @@ origin |= {"adapter": config.model.adapter, "adapter_base": config.model.adapter
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
 results |= {"sensitivity": seen, "guardrails": guarded, "published": published, "origin": origin}
 
-with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
+inputs = [trained] if trained else []
+with artifacts.stage("04_ifeval_eval", config, out, inputs, **work) as folder:
     for (name, prompt_format), given in responses.items():
         file, pairs = f"{name}-{prompt_format}.jsonl", zip(prompts, given, strict=True)
         keyed = [{"key": p["key"], "prompt": p["prompt"], **response} for p, response in pairs]
@@ -349,6 +354,14 @@ with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []
         artifacts.write_jsonl(folder / "scores" / file, verdicts[name, prompt_format])
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
+
+# %% [markdown]
+# What each stage took: minutes of its last session, and the most memory of its process and GPU.
+# `seconds` and `tokens` are those of training and of generating; of the responses, only those of
+# this session are counted.
+
+# %%
+notebooks.ledger(out)
 
 # %%
 scores = {(row["model"], row["format"]): row["prompt_level_strict_acc"] for row in metrics}
