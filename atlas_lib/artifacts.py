@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from atlas_lib import session, sources, stages
+from atlas_lib import devices, session, sources, stages
 from atlas_lib.schema import Config
 
 MANIFEST, MANIFEST_FORMAT = "manifest.json", 2
@@ -103,11 +105,16 @@ def difference(there: Mapping, here: Mapping) -> str | None:
 
 
 @contextlib.contextmanager
-def stage(name: str, config: Config, out: Path, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def stage(
+    name: str, config: Config, out: Path, inputs: Sequence[Path] = (), **work: float | None
+) -> Iterator[Path]:
     """The empty folder of stage `name`; its manifest is written on leaving without an error.
 
-    `inputs` are the folders of the stages it read.
+    `inputs` are the folders of the stages it read. `work` are figures for its ledger, which also
+    records memory and minutes: since this process began or the last input was made, if later.
     """
+    made = [(path / MANIFEST).stat().st_mtime for path in inputs]
+    begun = max([psutil.Process().create_time(), *made])
     folder = out / name
     if folder.is_dir():
         (folder / MANIFEST).unlink(missing_ok=True)  # first: from here on it is not finished
@@ -125,6 +132,7 @@ def stage(name: str, config: Config, out: Path, inputs: Sequence[Path] = ()) -> 
         "outputs": {path.relative_to(folder).as_posix(): sources.sha256(path) for path in files},
         "parameters": config.parameters,
         "config": config.as_dict(),
+        "ledger": {"minutes": (time.time() - begun) / 60, **devices.peak_memory(), **work},
         **session.provenance(),
     }
     write_json(folder / MANIFEST, manifest)

@@ -4,7 +4,6 @@ Importing this module hides the messages below, which a user cannot act on. It i
 itself, so that `bootstrap` can use it before any package is loaded.
 """
 
-import functools
 import importlib.metadata
 import logging
 import subprocess
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
 # Logger -> the start of a message that is dropped.
 SILENCED_LOGS = {
@@ -79,16 +77,6 @@ def keep_adapter_in_float32(model: "torch.nn.Module") -> None:
 
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(torch.float32)
-
-
-def save_adapter_without_hub(model: "PeftModel") -> None:
-    """Save the adapter at each checkpoint without asking the hub for the base model's config.
-
-    peft 0.21 does so by default, at `main` and without a time limit, to find out whether embedding
-    layers have changed (`save_embedding_layers="auto"`). Atlas trains none. Can go when the trainer
-    passes the argument on.
-    """
-    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def keep_cpu_gradients_right(model: "torch.nn.Module") -> None:

@@ -155,18 +155,12 @@ def _merge(below: dict, above: dict) -> None:
             below[key] = value
 
 
-def parse_command(description: str, positional: str, **options: Any) -> argparse.Namespace:
-    """The arguments of a command that takes a config, an overlay, --set and OUT."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(positional, **options)
-    parser.add_argument("--overlay", default="")
-    parser.add_argument("--out", default="")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_command("Print a resolved configuration and its digest.", "config")
+    parser = argparse.ArgumentParser(description="Print a resolved configuration and its digest.")
+    parser.add_argument("config")
+    parser.add_argument("--overlay", default="")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
     try:
         config = load_config(args.config, args.overlay, parse_assignments(args.set))
         digest = artifacts.config_digest(config)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,14 @@ def free_bytes(device: Device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def peak_memory() -> dict[str, float | None]:
+    """Most memory in GiB until now: of this process, and of its tensors on the GPU, if any."""
+    torch, unit = sys.modules.get("torch"), 1 if sys.platform == "darwin" else 2**10  # bytes, KiB
+    gpu = torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0
+    process = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"process_gib": process / 2**30, "gpu_gib": gpu / 2**30 or None}
 
 
 def hardware() -> str:

@@ -17,6 +17,7 @@ from atlas_lib.schema import Config
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 STAMP = "atlas"  # in the metadata of an output: digest, commit, platform, out, parameters
 CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -56,6 +57,15 @@ def headline() -> "DisplayHandle":
     from IPython.display import Markdown, display
 
     return display(Markdown("*The result appears here at the end.*"), display_id=True)
+
+
+def ledger(out: Path) -> "DataFrame":
+    """What each stage in `out` took, from its manifest: a column per stage; "-" if not known."""
+    import pandas as pd
+
+    folders = [path.parent for path in sorted(out.glob(f"*/{artifacts.MANIFEST}"))]
+    taken = {folder.name: artifacts.read_manifest(folder).get("ledger", {}) for folder in folders}
+    return pd.DataFrame(taken).map(lambda x: "-" if pd.isna(x) else f"{x:,.{0 if x > 99 else 2}f}")
 
 
 def printable(text: str) -> str:

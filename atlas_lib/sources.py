@@ -100,11 +100,6 @@ def _sha256(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def taught_types(config: Config) -> set[str]:
-    """Instruction types that the training data teaches, where that is known: the tiny model's."""
-    return set(config.offline.taught) if config.data.dataset.startswith(EMBEDDED) else set()
-
-
 @functools.cache  # a repository that was there once is cached: a later outage must not lose a run
 def check_hub(repo: str, revision: str | None, kind: str = "model") -> None:
     """Ask the hub for `repo` before anything long starts, unless that revision is on disk already.

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 from atlas_lib import artifacts, compat, devices, models, session, template
 from atlas_lib.config import load_config
 from atlas_lib.train import memory, trl_loss
+from atlas_lib.train.throughput import least_flops, matmul_rate, now
 from benchmarks import audit
 from tools import npm_tokenizers
 
@@ -46,7 +46,7 @@ class Row:
     """One way of training: a config with changes, and how the loss is computed."""
 
     what: str
-    config: str = "sft_qwen05b"
+    config: str = "sft_qwen05b_published"
     changes: dict = field(default_factory=dict)
     full_logits: bool = False  # the model's own loss
     small_tiles: bool = False  # 4 MiB of logits at a time, which malloc can keep; CPU only
@@ -64,7 +64,7 @@ ROWS = {  # between a and c one change a row
     "a3": Row("a2 + recomputing only if needed", changes=NO_RECOMPUTING, **OURS),
     "c": Row("a3 + grouped by length: ours, fastest", "sft_qwen05b_fast", **OURS),
     "c1": Row("c in batches of 16 x 1", "sft_qwen05b_fast", ALL_ROWS, **OURS),
-    "d": Row("a2 in batches of 1 x 16: ours, leanest", "sft_qwen05b", ONE_ROW, **OURS),
+    "d": Row("a2 in batches of 1 x 16: ours, leanest", changes=ONE_ROW, **OURS),
 }
 SAME_LOSS = ("a", "b", "c", "d")
 
@@ -105,15 +105,6 @@ def conversations(rows: int, device: Any) -> list[dict]:
             words = turn["content"].split()
             turn["content"] = " ".join(words[: max(1, len(words) // CUT)])
     return [{"messages": chat} for chat in chats]
-
-
-def now(device: Any) -> float:
-    """Seconds, once the device has finished its work."""
-    if device.name == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def forget_peak(device: Any) -> None:
@@ -278,35 +269,6 @@ def arithmetic_limit(trainer: Any, device: Any, steady: list) -> dict:
             s / least for (s, _), least in zip(steady, limits, strict=True)
         ),
     }
-
-
-def least_flops(trained: Any, counts: list[int]) -> float:
-    """Forward, and backward to activations and adapters, of real tokens; nothing recomputed.
-
-    Analytic, because torch's FlopCounterMode counts neither 4-bit products nor in-place additions.
-    The first layer needs no gradient of its inputs; this is neglected (less than 1 %).
-    """
-    _, real, supervised, squares = counts
-    shape = trained.config
-    adapter, total = trained.get_nb_trainable_parameters()
-    head = shape.vocab_size * shape.hidden_size  # tied: as the embedding it multiplies nothing
-    layers = 4 * (total - adapter - head) + 6 * adapter
-    attention = 6 * shape.num_hidden_layers * shape.hidden_size  # causal: half of every square
-    return layers * real + attention * squares + 4 * head * supervised
-
-
-def matmul_rate(device: Any) -> float:
-    """The best of five large matrix products in the type that computes, in operations a second."""
-    import torch
-
-    size = 8192 if device.name == "cuda" else 3072
-    one = torch.randn(size, size, device=device.name).to(getattr(torch, device.dtype))
-    out, best = torch.empty_like(one), float("inf")
-    for _ in range(5):
-        started = now(device)
-        torch.mm(one, one, out=out)
-        best = min(best, now(device) - started)
-    return 2 * size**3 / best
 
 
 def undisturbed(name: str, base: str, steps: int) -> dict:

@@ -72,7 +72,7 @@ from atlas_lib import artifacts, compat, data, devices, models, notebooks, stage
 from atlas_lib.evaluate import decoding
 from atlas_lib.loss_mask import audit, token_rows
 from atlas_lib.loss_mask.turns import ChatTemplate
-from atlas_lib.train import adapters, hub, model_card, tracking, trl_loss
+from atlas_lib.train import adapters, hub, model_card, throughput, tracking, trl_loss
 
 config, out = notebooks.start("03_sft_train", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
@@ -196,9 +196,10 @@ print(f"LoRA modules: {', '.join(config.lora.target_modules)}")
 #
 # The precision follows the device: a T4 has no bfloat16. *Activation checkpointing* discards the
 # activations of the forward pass and recomputes them during the backward pass, which costs about a
-# third more computation and saves most of their memory. If the config leaves it open, it is used
-# only when the activations do not fit in free memory. Checkpoints are written every few minutes,
-# so that an interrupted session loses little work.
+# third more computation and saves most of their memory; it does not change the result. The
+# published recipe always uses it; if the config leaves it open, it is used only when the
+# activations do not fit in free memory. Checkpoints are written every few minutes, so that an
+# interrupted session loses little work.
 
 # %%
 from atlas_lib.train import callbacks, memory
@@ -360,18 +361,19 @@ measured = {
 }
 
 # %%
+work = throughput.training_work(trainer, checkpoints.seconds(), device)
 summary = {
     "label": config.label,
     **measured,
+    **work,
     "precision": device.dtype,
     "skipped_steps": guard.skipped,
-    "seconds": checkpoints.seconds(),
     "resumed_after_step": checkpoints.resumed_after,
     "activation_checkpointing": for_this_run["activation_checkpointing"],
 }
 
 # %%
-with artifacts.stage(stages.SFT_TRAIN, config, out, [source, audited]) as folder:
+with artifacts.stage(stages.SFT_TRAIN, config, out, [source, audited], **work) as folder:
     adapter = folder / "adapter"
     adapters.save_adapter(trainer.model, adapter, config, tokenizer, chat_template.text)
     fresh = PeftModel.from_pretrained(models.load_weights("base", config, device, in_4bit), adapter)
@@ -393,6 +395,14 @@ print(f"after reloading, logits differ by {summary['reload_difference']:.1e} of 
 
 # %%
 hub.push_adapter(adapter, repo, config)
+
+# %% [markdown]
+# What each stage took: minutes of its last session, and the most memory of its process and GPU.
+# `seconds` and `tokens` are those of the training alone, interrupted sessions included; padding is
+# not counted. The share of the GPU's matrix multiplication rate counts no recomputation.
+
+# %%
+notebooks.ledger(out)
 
 # %%
 headline.update(

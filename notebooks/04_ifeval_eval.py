@@ -66,9 +66,11 @@ from atlas_lib import bootstrap
 bootstrap.ensure()
 
 # %% tags=["setup"]
+import time
+
 from IPython.display import Markdown, display
 
-from atlas_lib import artifacts, devices, models, notebooks, session, sources
+from atlas_lib import artifacts, devices, models, notebooks, session
 from atlas_lib.evaluate import explorer, grid, guardrails, ifeval, significance, tables
 
 config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
@@ -188,7 +190,10 @@ adapter = config.model.adapter or trained / "adapter"
 # each takes the next model and format that no other GPU has taken.
 
 # %% tags=["generate"]
+stored, started = grid.stored_tokens(out), time.monotonic()
 responses = grid.generate_all(config, device, adapter, prompts, out)
+seconds, tokens = time.monotonic() - started, grid.stored_tokens(out) - stored
+work = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 # %%
 verdicts = {
@@ -288,7 +293,7 @@ notebooks.show_figure(figure, f"Differences with intervals: {'; '.join(points)}.
 
 # %%
 prompt_format = primary["b"][1]
-taught = sources.taught_types(config)
+taught = grid.taught_types(config)
 by_type = {row["model"]: row["by_type"] for row in metrics if row["format"] == prompt_format}
 shares = pd.DataFrame(by_type).map(lambda counts: counts[0] / counts[1])
 shares = shares.rename(lambda kind: f"{'• ' if kind in taught else ''}{kind}").sort_values("SFT")
@@ -371,7 +376,8 @@ results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taugh
 results |= {"parts": parts, "sensitivity": sensitivity, "guardrails": guarded}
 results |= {"published": published, "origin": origin}
 
-with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
+inputs = [trained] if trained else []
+with artifacts.stage("04_ifeval_eval", config, out, inputs, **work) as folder:
     for (name, prompt_format), given in responses.items():
         file, pairs = f"{name}-{prompt_format}.jsonl", zip(prompts, given, strict=True)
         keyed = [{"key": p["key"], "prompt": p["prompt"], **response} for p, response in pairs]
@@ -380,6 +386,14 @@ with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []
     artifacts.write_lines(folder / "responses.html", [page])
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
+
+# %% [markdown]
+# What each stage took: minutes of its last session, and the most memory of its process and GPU.
+# `seconds` and `tokens` are those of training and of generating; of the responses, only those of
+# this session are counted.
+
+# %%
+notebooks.ledger(out)
 
 # %%
 headline.update(Markdown(f"**{tables.verdict_line(primary)}**"))

@@ -180,6 +180,18 @@ def evaluation_prompts(config: Config) -> list[dict]:
     return ifeval_files.load_prompts(name, revision, wanted.limit)
 
 
+def taught_types(config: Config) -> set[str]:
+    """Instruction types that the training data teaches, where that is known: the tiny model's."""
+    embedded = config.data.dataset.startswith(sources.EMBEDDED)
+    return set(config.offline.taught) if embedded else set()
+
+
+def stored_tokens(out: Path) -> int:
+    """The number of tokens in all responses that are stored in `out`, of any model."""
+    files = (out / STORE).glob("*.jsonl")
+    return sum(row["n_tokens"] for f in files for row in responses.read_responses(f).values())
+
+
 def main() -> None:
     """Store the responses of some models, leaving out what another process is generating."""
     text, adapter, out, *names = sys.argv[1:]

@@ -34,7 +34,7 @@ def collect_responses(
     """
     made_from = made_from | {"prompts_sha256": _hash([p["prompt"] for p in prompts])}
     path = folder / f"{name}-{_hash(made_from)[:12]}.jsonl"
-    if len(_read_responses(path)) < len(prompts):
+    if len(read_responses(path)) < len(prompts):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             # The lock ends with the process, however that ends.
@@ -44,7 +44,7 @@ def collect_responses(
             raise BusyError(
                 f"{path} is being written by another process; wait for it to end, or stop it."
             ) from None
-    found = _read_responses(path)
+    found = read_responses(path)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -54,7 +54,7 @@ def _hash(value: Any) -> str:
 
 def _generate(path: Path, made_from: dict, prompts: list[dict], generate_missing: Callable) -> None:
     """Append the missing responses to the file, each as soon as it is finished."""
-    found = _read_responses(path)
+    found = read_responses(path)
     missing = [i for i in range(len(prompts)) if i not in found]
     print(f"{path.name}: {len(found)} responses are stored, {len(missing)} to generate")
     with path.open("ab") as file:
@@ -75,7 +75,7 @@ def _generate(path: Path, made_from: dict, prompts: list[dict], generate_missing
         generate_missing([prompts[i] for i in missing], on_response)
 
 
-def _read_responses(path: Path) -> dict[int, dict]:
+def read_responses(path: Path) -> dict[int, dict]:
     """{index: response} of the whole lines of the file, below the one with the origin."""
     lines = path.read_bytes().split(b"\n")[1:-1] if path.is_file() else []
     rows = map(json.loads, lines)

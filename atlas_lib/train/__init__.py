@@ -1,1 +1,1 @@
-"""What notebook 03 needs: callbacks, hub, loss, model card, memory, adapters, tracking."""
+"""What notebook 03 needs: adapters, callbacks, hub, loss, memory, card, throughput, tracking."""

@@ -1,6 +1,7 @@
 """Save an adapter, and compare what was saved with what was trained."""
 
 import copy
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,16 @@ from atlas_lib.schema import Config
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+
+def save_without_hub(model: "PeftModel") -> None:
+    """Let the model save its adapter without asking the hub for the base model's config.
+
+    peft 0.21 does so by default, at `main` and without a time limit, to find out whether embedding
+    layers have changed (`save_embedding_layers="auto"`). Atlas trains none. Can go when the trainer
+    passes the argument on.
+    """
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def save_adapter(

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 from transformers import TrainerCallback
 
-from atlas_lib import artifacts, bootstrap, compat, progress, stages
+from atlas_lib import artifacts, bootstrap, progress, stages
 from atlas_lib.devices import Device
 from atlas_lib.schema import Config
+from atlas_lib.train import adapters
 
 COMPLETE = "atlas.json"  # written last into a checkpoint, which is incomplete without it
 SKIPPED = "skipped_steps"  # in the training log
@@ -134,7 +135,7 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started = self.saved = time.monotonic()
-        compat.save_adapter_without_hub(model)
+        adapters.save_without_hub(model)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.deadline is not None and time.time() > self.deadline:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts, session, sources, stages
+from atlas_lib import artifacts, devices, session, sources, stages
 from atlas_lib.schema import Config
 
 CARD_TEMPLATE = Path(__file__).with_suffix(".md.jinja")
@@ -17,6 +17,8 @@ def write_card(
 
     decided_by = artifacts.made_from(stages.SFT_TRAIN, config)
     sections = ("seed", "quantization.", "lora.", "train.")  # the data has its own paragraph
+    recipe = {key: value for key, value in decided_by.items() if key.startswith(sections)}
+    recipe["train.activation_checkpointing"] = summary["activation_checkpointing"]  # if left open
     sources_on_hub = {"base_model": config.model.base, "datasets": config.data.dataset}
     data = ModelCardData(
         library_name="peft",
@@ -32,10 +34,11 @@ def write_card(
         template_str=CARD_TEMPLATE.read_text(encoding="utf-8"),
         name=repo or (config.output.hub_repo or "path/to/this/folder").replace("{user}", "USER"),
         config=config,
-        recipe={key: value for key, value in decided_by.items() if key.startswith(sections)},
+        recipe=recipe,
         summary=summary,
         audit=audit,
         digest=artifacts.digest(decided_by),
         provenance=session.provenance(),
+        memory=devices.peak_memory(),
     )
     card.save(folder / "README.md")

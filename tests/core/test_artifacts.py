@@ -10,7 +10,7 @@ from checks import refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from atlas_lib import artifacts
+from atlas_lib import artifacts, notebooks
 from atlas_lib.config import load_config
 
 FIRST, SECOND = "01_data_prep", "02_template_audit"
@@ -44,6 +44,24 @@ def test_a_finished_stage_is_described_and_intact(config, tmp_path):
     assert manifest["inputs"] == {}
     assert {"commit", "versions", "platform", "hardware"} <= manifest.keys()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_ledger_is_recorded_and_identifies_nothing(config, tmp_path):
+    first = finish(FIRST, config, tmp_path)
+    with artifacts.stage(SECOND, config, tmp_path, [first], tokens=1024) as second:
+        artifacts.write_json(second / "summary.json", {})
+    path = first / artifacts.MANIFEST
+    manifest, digest = artifacts.read_json(path), artifacts.result_digest(first)
+    ledger = artifacts.read_manifest(second)["ledger"]
+    assert ledger["tokens"] == 1024
+    assert 0 <= ledger["minutes"] < 1 / 60 < 60 * manifest["ledger"]["minutes"]  # own time only
+    assert 0 < ledger["process_gib"] < 64
+    artifacts.write_json(path, manifest | {"ledger": {"minutes": 99.0}})
+    assert artifacts.result_digest(first) == digest
+    artifacts.check(second, config, {FIRST: first})
+    table = notebooks.ledger(tmp_path)
+    assert table[FIRST].to_dict() == dict.fromkeys(ledger, "-") | {"minutes": "99.00"}
+    assert table[SECOND]["tokens"] == "1,024"
 
 
 def test_an_input_is_identified_by_its_result_and_not_by_its_commit(config, tmp_path):

@@ -77,3 +77,30 @@ def test_without_a_configured_choice_free_memory_decides(share, answer, monkeypa
     monkeypatch.setattr(devices, "free_bytes", lambda device: int(share * needed))
     assert memory.must_checkpoint(base, config, CPU) is answer
     assert f"{rows} x {tokens:,} tokens keep" in capsys.readouterr().out
+
+
+def losses(checkpointing: bool) -> list[float]:
+    """The losses of three optimizer steps with dropout."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", **recipe().lora.model_dump())
+    model = get_peft_model(Qwen2ForCausalLM(SHAPE), lora).train()
+    assert lora.lora_dropout > 0
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ids = torch.arange(60).view(2, 30)
+    found = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_checkpointing_does_not_change_the_losses():
+    kept, recomputed = losses(False), losses(True)
+    assert kept == pytest.approx(recomputed, rel=1e-6)
+    assert len(set(kept)) == 3

@@ -12,7 +12,8 @@ SUMMARY = {
     "steps": 313, "first_loss": 1.4791, "last_loss": 1.3824, "validation_loss": 1.4012,
     "eos_rate": 0.875, "responses": 8, "rows_compared_with_audit": 4987,
     "trainable_parameters": 2_162_688, "total_parameters": 496_195_456, "precision": "float16",
-    "skipped_steps": 7,
+    "skipped_steps": 7, "seconds": 660.0, "tokens_per_second": 6924.2, "share_of_matmul_rate": None,
+    "activation_checkpointing": False,
 }  # fmt: skip
 AUDIT = {
     "rows": 5000, "rows_ok": 4987, "rows_excluded": 2, "rows_dropped": 11, "rows_truncated": 3100,
@@ -31,7 +32,12 @@ def test_every_value_of_recipe_and_run_is_there(tmp_path):
     assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
     assert card.data.datasets == "HuggingFaceH4/ultrachat_200k"
     assert card.data.library_name == "peft"
-    rows = ("train.learning_rate` | 0.0002", "lora.r` | 16", "seed` | 42")
+    rows = (
+        "train.activation_checkpointing` | False",
+        "train.learning_rate` | 0.0002",
+        "lora.r` | 16",
+        "seed` | 42",
+    )
     for row in (*rows, "quantization.bnb_4bit_quant_type` | nf4"):
         assert f"| `{row} |" in card.text
     for value in (
@@ -42,12 +48,22 @@ def test_every_value_of_recipe_and_run_is_there(tmp_path):
         "2,162,688",
         "3,456,789",
         "11 have",
+        "11.0 min, 6,924 tokens/s without padding |",
+        "GiB of the process |",
     ):
         assert value in card.text, value
     assert config.model.base_revision in card.text
     assert config.data.revision in card.text
     assert re.search(r"digest [0-9a-f]{12} ", card.text)
     assert 'from_pretrained("alice/atlas")' in card.text
+
+
+def test_the_share_of_a_gpu_is_stated_where_it_is_known(tmp_path):
+    config = load_config("sft_qwen05b")
+    known = SUMMARY | {"share_of_matmul_rate": 0.584}
+    model_card.write_card(tmp_path, config, known, AUDIT, None)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "6,924 tokens/s without padding, 58 % of the GPU's matrix multiplication rate |" in text
 
 
 def test_without_a_push_it_names_no_folder_of_this_machine(tmp_path):
