@@ -35,7 +35,7 @@ CONTINUES = "the same command continues at the unfinished stage."
 FULL = 1_000_000  # bytes: a disk with less left is full
 SEEDS = "seeds.json"
 # In the OUT of a run, as patterns of file names.
-DECIDED_BY_SEED = (f"{SFT_TRAIN}*", f"{IFEVAL_EVAL}*", "SFT-*", "metrics.json", f"{session.LOCK}*")
+DECIDED_BY_SEED = (f"{SFT_TRAIN}*", f"{IFEVAL_EVAL}*", "SFT-*", "metrics.json", "wandb", ".lock*")
 LISTED = (SEEDS, "metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
@@ -78,7 +78,7 @@ def run_notebooks(args: argparse.Namespace) -> None:
     with hold(out):
         if args.seeds:
             run_seeds(args, each, out)
-        elif metrics := run_stages(args, overrides, out):
+        elif metrics := run_in(args, overrides, out):
             print(metrics_table(metrics))
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
@@ -92,7 +92,7 @@ def hold(out: Path) -> Iterator[None]:
         yield
 
 
-def run_stages(args: argparse.Namespace, overrides: dict, out: Path) -> list[dict]:
+def run_in(args: argparse.Namespace, overrides: dict, out: Path) -> list[dict]:
     """Run the stages in OUT; the metrics, if there are any for this configuration."""
     config = load_config(args.config, args.overlay, overrides)
     parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
@@ -120,7 +120,7 @@ def run_seeds(args: argparse.Namespace, each: dict[int, dict], out: Path) -> Non
             if folder in others:
                 copy_once(first, folder, *DECIDED_BY_SEED)
             with hold(folder):
-                measured.append(run_stages(args, each[seed], folder))
+                measured.append(run_in(args, each[seed], folder))
         except (ValueError, OSError, RuntimeError) as error:
             raise RuntimeError(f"seed {seed}: {error}") from error
     if all(measured):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from checks import ROOT
 from ifeval_cases import verdict
 from scipy import stats
 
@@ -83,6 +84,12 @@ def test_seeds_without_a_gain_are_rarely_significant(k, seed_sd):
     assert found["two_way"] <= ALPHA + 2 * noise
     if seed_sd:
         assert found["one_seed"] > 0.2  # one adapter does differ, which is another question
+
+
+def test_no_published_setting_rejects_too_often():
+    found = artifacts.read_json(ROOT / "results" / "seeds.json")
+    assert max(found["largest_size_by_seeds"]["two_way"].values()) <= found["within_noise"]
+    assert len([row for row in found["rows"] if row["effect"] == 0]) == 144
 
 
 def write_scores(out, base: list[int], sft: list[int]):
