@@ -62,11 +62,12 @@ survey: .venv/dev.stamp  ## judge the loss mask of 786 chat templates; JSON into
 site: .venv/dev.stamp   ## build the website in build/site from results/
 	@$(BIN)/python -m tools.website
 
-bench: .venv/dev.stamp  ## measure speed and memory; JSON into results/
+bench: .venv/dev.stamp  ## measure speed, memory and error rates; JSON into results/
 	@$(BIN)/python -m benchmarks.audit --json results/bench_audit.json
 	@$(BIN)/python -m benchmarks.train --json results/bench_train.json
 	@$(BIN)/python -m benchmarks.eval --json results/bench_eval.json
 	@$(BIN)/python -m benchmarks.sweep --json results/bench_sweep.json
+	@$(BIN)/python -m benchmarks.seeds --json results/seeds.json
 
 gpu-check: setup        ## prove or refute on your GPU what README claims, within nine minutes
 	@$(BIN)/python -m tools.gpu_check $(ARGS)

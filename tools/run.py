@@ -2,15 +2,19 @@
 
 python -m tools.run --overlay offline
 python -m tools.run 03_sft_train --set train.learning_rate=1e-4 --force
+python -m tools.run --overlay offline --seeds 42,1,2    # one run a seed, and a test over the seeds
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -21,13 +25,18 @@ try:
     from atlas_lib import artifacts, devices, notebooks, session
     from atlas_lib.config import load_config, parse_assignments
     from atlas_lib.schema import Config
-    from atlas_lib.stages import IFEVAL_EVAL, STAGES
+    from atlas_lib.stages import IFEVAL_EVAL, SFT_TRAIN, STAGES
+    from atlas_lib.sweep.definition import SEED_KEY
+    from tools.sweep_trial import copy_once
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install the environment again: `rm -rf .venv && make setup`.")
 
 CONTINUES = "the same command continues at the unfinished stage."
 FULL = 1_000_000  # bytes: a disk with less left is full
-LISTED = ("metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
+SEEDS = "seeds.json"
+# In the OUT of a run, as patterns of file names.
+DECIDED_BY_SEED = (f"{SFT_TRAIN}*", f"{IFEVAL_EVAL}*", "SFT-*", "metrics.json", "wandb", ".lock*")
+LISTED = (SEEDS, "metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
 def main() -> None:
@@ -57,18 +66,70 @@ def run_notebooks(args: argparse.Namespace) -> None:
     """Run the stages, then print the metrics and where the results are."""
     overrides = parse_assignments(args.set)
     config = load_config(args.config, args.overlay, overrides)
+    local = {"output.hub_repo": None}  # on the hub, one seed would replace another
+    each = {seed: overrides | local | {SEED_KEY: seed} for seed in args.seeds}
+    for changed in each.values():
+        load_config(args.config, args.overlay, changed)  # refuses a seed before any of them runs
+    if args.seeds and config.model.adapter:
+        raise ValueError("--seeds trains adapters; model.adapter names one, so leave one out.")
     out = session.output_folder(args.out, args.config, args.overlay)
     if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
         devices.gpu_available(config)  # before anything is downloaded
-    parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
+    with hold(out):
+        if args.seeds:
+            run_seeds(args, each, out)
+        elif metrics := run_in(args, overrides, out):
+            print(metrics_table(metrics), primary_verdict(out), sep="\n")
+    print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
+
+
+@contextlib.contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep other runs out of OUT, and tell them who does."""
     with session.reserve(out):
         holder = f"by process {os.getpid()} on {platform.node()} since {time.asctime()}"
         (out / session.LOCK).write_text(holder, "utf-8")
-        for stage in args.stages:
-            run_stage(stage, config, out, parameters, args.force)
-        if metrics := current_metrics(config, out):
-            print(metrics_table(metrics), primary_verdict(out), sep="\n")
-    print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
+        yield
+
+
+def run_in(args: argparse.Namespace, overrides: dict, out: Path) -> list[dict]:
+    """Run the stages in OUT; the metrics, if there are any for this configuration."""
+    config = load_config(args.config, args.overlay, overrides)
+    parameters = {"CONFIG": args.config, "OVERLAY": args.overlay, "SET": overrides}
+    for stage in args.stages:
+        run_stage(stage, config, out, parameters, args.force)
+    return current_metrics(config, out)
+
+
+def run_seeds(args: argparse.Namespace, each: dict[int, dict], out: Path) -> None:
+    """Run the stages once a seed, below OUT; compare the seeds if all are evaluated.
+
+    The first seed's folder lends the others what no seed decides: the stages before training, and
+    the responses of the models that are not trained.
+    """
+    from atlas_lib.evaluate import seeds
+
+    (out / SEEDS).unlink(missing_ok=True)
+    folders = {seed: out / f"seed-{seed}" for seed in each}
+    first, *others = folders.values()
+    first.mkdir(exist_ok=True)
+    measured = []
+    for seed, folder in folders.items():
+        print(f"── seed {seed}: {folder}", flush=True)
+        try:
+            if folder in others:
+                copy_once(first, folder, *DECIDED_BY_SEED)
+            with hold(folder):
+                measured.append(run_in(args, each[seed], folder))
+        except (ValueError, OSError, RuntimeError) as error:
+            raise RuntimeError(f"seed {seed}: {error}") from error
+    if all(measured):
+        config = load_config(args.config, args.overlay, each[args.seeds[0]])
+        prompt_format = "chat" if "chat" in config.eval.formats else "raw"
+        found = seeds.compare_seeds(folders, prompt_format, config.eval.alpha)
+        origin = artifacts.read_json(first / IFEVAL_EVAL / "ifeval.json")["origin"]
+        artifacts.write_json(out / SEEDS, found | origin)
+        print(seeds.seeds_text(found), config.label, sep="\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,12 +139,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overlay", default="", help="a layer on top of it, such as offline")
     parser.add_argument("--out", default="", help="folder of the results, by default below runs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", default="", metavar="N,N,...", help="train once with each seed")
     parser.add_argument("--force", action="store_true", help="run finished stages again")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {min(unknown)}; there are: {', '.join(STAGES)}")
     args.stages = [stage for stage in STAGES if stage in args.stages or not args.stages]
+    if problem := next(seed_problems(args.seeds, args.set), None):
+        parser.error(problem)
+    args.seeds = [int(seed) for seed in args.seeds.split(",") if seed]
     return args
+
+
+def seed_problems(text: str, assignments: list[str]) -> Iterator[str]:
+    """Why --seeds cannot be used, if it is given."""
+    seeds = text.split(",") if text else []
+    for seed in seeds:
+        if not seed.strip().isdecimal():
+            yield f"--seeds {text!r}: {seed!r} is not a seed; give whole numbers, as in 42,1,2"
+    for seed, times in Counter(map(int, seeds)).items():
+        if times > 1:
+            yield f"--seeds {text!r} has seed {seed} twice; give each seed once"
+    for key in ("seed", SEED_KEY):
+        if seeds and any(given.partition("=")[0].strip() == key for given in assignments):
+            yield f"--seeds and --set {key} both choose the seed; leave one of them out"
 
 
 def run_stage(stage: str, config: Config, out: Path, parameters: dict, force: bool) -> None:

@@ -68,12 +68,15 @@ def evaluate_winner(place: Place, point: int, params: dict, seed: int) -> list[d
     return artifacts.read_json(out / "metrics.json")
 
 
-def copy_once(source: Path, out: Path) -> None:
-    """Let OUT begin as a copy of another run, whose stages are reused where they still fit."""
+def copy_once(source: Path, out: Path, *ignored: str) -> None:
+    """Let OUT begin as a copy of another run, whose stages are reused where they still fit.
+
+    Files and folders with a name that matches a pattern of `ignored` are left out.
+    """
     if not out.exists():
         part = out.with_name(f"{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(source, part)
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns(*ignored))
         part.rename(out)
 
 

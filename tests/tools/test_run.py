@@ -29,6 +29,13 @@ BAD_ARGUMENTS = {
     "unknown overlay": (["--overlay", "nope"], "'nope'"),
     "set without value": (["--set", "train.max_steps"], "KEY=VALUE"),
     "set of unknown key": (["--set", "data.n_sample=1"], "'data.n_samples'"),
+    "seed twice": (["--seeds", "1,2,01"], "seed 1 twice"),
+    "seed that is no number": (["--seeds", "1,one"], "'one' is not a seed"),
+    "negative seed": (["--seeds", "1,-2"], "'-2' is not a seed"),
+    "seed that is too large": (["--seeds", "1,4294967296"], "less than 4294967296"),
+    "seeds and a seed": (["--seeds", "1,2", "--set", "seed=3"], "both choose the seed"),
+    "seeds and the trainer's": (["--seeds=1,2", "--set=train.seed=3"], "--set train.seed"),
+    "seeds and an adapter": (["--seeds", "1,2", "--set", "model.adapter=x"], "model.adapter"),
 }
 
 
