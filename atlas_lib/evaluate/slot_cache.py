@@ -14,7 +14,7 @@ FEWEST = 16  # the memory-efficient kernel pads masks of other widths
 
 def rounded_up(n: int, most: int) -> int:
     """The next of 16, 32, 48 ... 128, 160, 192 ...: beyond 64, less than a quarter above `n`."""
-    step = max(FEWEST, 1 << n.bit_length() - 3)
+    step = max(FEWEST, 2 ** n.bit_length() // 8)
     return min(-(-n // step) * step, most)
 
 
