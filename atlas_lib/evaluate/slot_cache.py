@@ -198,8 +198,10 @@ class SlotDecoder:
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                tokens = self.one_token(*shape)
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture leaves its own
+            torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"),
+        ):
+            tokens = self.one_token(*shape)
         self.pool = graph.pool()
         return graph, tokens

@@ -4,7 +4,7 @@ As on a GPU, a replay runs no Python, reads and writes the memory that was captu
 refuses whatever waits for a result.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,7 @@ def memory(values: Any) -> set[int]:
 class Recorded(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph; `made` lists those captured so far."""
 
-    made: list["Recorded"] = []
+    made: ClassVar[list["Recorded"]] = []
     wrong = False  # whether a replay's integers, such as tokens, are one too large
 
     def __init__(self):
