@@ -9,11 +9,15 @@ no row would stop by itself: the model ends every row at the length drawn for it
 alike. It recognises the row by the class of the last token (its id modulo the number of prompts)
 and the length by the position; which of a class's 16 tokens comes next is up to the weights. On a
 CPU the model has Qwen2.5-0.5B's proportions and a thirtieth of its parameters; on a GPU its true
-shape (not run yet). Each engine runs in its own process, and a ratio compares the fastest runs.
-Keep the machine idle otherwise.
+shape (not run yet; steps that a CUDA graph replays are in "rest"). Each engine runs in its own
+process, and a ratio compares the fastest runs. Keep the machine idle otherwise.
+
+"steps" are the bytes that one step of 0.5B's true shape touches in float16, counted in a trace of
+fake tensors, with our attention and with keys repeated as transformers 5.16 does.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -23,11 +27,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import unittest.mock
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from atlas_lib import artifacts, devices, session
-from atlas_lib.evaluate import decoding
+from atlas_lib.evaluate import decoding, slot_cache
 from benchmarks import train
 
 CAP, MEDIAN_RESPONSE, SPREAD = 1280, 250, 0.8
@@ -40,6 +46,7 @@ SHAPES = {  # 0.5B's proportions: seven query heads of 64 to one of keys, MLP of
     "cuda": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
     | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
 }
+IFEVAL, T4_BANDWIDTH = 541, 320e9  # prompts; bytes per second
 RUNS = [  # engine, slots; None: as many as the engine takes by itself
     ("lm_eval", 16),
     ("continuous_batching", 16),
@@ -99,7 +106,8 @@ def stopping_model(prompts: list[list[int]], lengths: list[int], device: Any) ->
 
     class StoppingQwen2(Qwen2ForCausalLM):
         def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **inputs):
-            started = train.now(device)
+            captured = device.name == "cuda" and torch.cuda.is_current_stream_capturing()
+            started = captured or train.now(device)
             few = isinstance(logits_to_keep, int)
             kept = slice(-logits_to_keep, None) if few else logits_to_keep
             output = super().forward(
@@ -108,6 +116,8 @@ def stopping_model(prompts: list[list[int]], lengths: list[int], device: Any) ->
             row, position = (input_ids[:, kept] - len(SPECIALS)) % n, position_ids[:, kept]
             output.logits.masked_fill_(others[row], -math.inf)
             output.logits[..., STOP].masked_fill_(position >= ends[row], math.inf)
+            if captured:  # it cannot wait for the time or a number
+                return output
             alive = int((position < ends[row]).sum())
             seconds = train.now(device) - started
             passes.append((seconds, input_ids.numel() > row.numel(), row.numel(), alive))
@@ -206,6 +216,82 @@ def phases(passes: list[tuple], seconds: float, slots: int) -> dict:
     }
 
 
+def touched_bytes(function: Any) -> dict[str, int]:
+    """Bytes that `function` reads and writes, by operation; views touch nothing."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    found: Counter[str] = Counter()
+
+    def tensors(values: Any) -> list[Tensor]:
+        return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+    def size(tensor: Tensor) -> int:
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        return math.prod(n for n, stride in strides if stride) * tensor.itemsize
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            given, made = tensors((args, kwargs)), tensors(output)
+            name = func.overloadpacket.__name__
+            storages = {tensor.untyped_storage()._cdata for tensor in given}
+            if name == "embedding":  # of these two, a few rows of a large tensor
+                given = [args[1], output]
+            elif name == "index_put_":
+                given, made = tensors(args[1]), [args[2], args[2]]
+            elif not func._schema.is_mutable:
+                made = [t for t in made if t.untyped_storage()._cdata not in storages]
+                given = given if made else []
+            found[name] += sum(map(size, given + made))
+            return output
+
+    with Counting():
+        function()
+    return {name: count for name, count in found.most_common() if count}
+
+
+def repeating_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any):
+    """transformers' sdpa up to 5.16, for one new token."""
+    import torch
+    from transformers.integrations import sdpa_attention
+
+    groups = module.num_key_value_groups
+    key, value = (sdpa_attention.repeat_kv(kept, groups) for kept in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def traced_steps() -> list[dict]:
+    """A step in the middle of 541 responses at the cap, and what all of them take of a T4."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    window = slot_cache.rounded_up(statistics.median(map(len, drawn(IFEVAL)[0])) + CAP // 2, 4096)
+    found = []
+    with torch.inference_mode(), FakeTensorMode():
+        config = Qwen2Config(tie_word_embeddings=True, **SHAPES["cuda"])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+        for attention in (slot_cache.packed_attention, repeating_attention):
+            for slots in (128, IFEVAL):
+                step = functools.partial(
+                    slot_cache.SlotDecoder(model, slots, window).one_token, slots, window
+                )
+                with unittest.mock.patch.object(slot_cache, "packed_attention", attention):
+                    step()  # allocates the cache
+                    touched = touched_bytes(step)
+                total = sum(touched.values())
+                steps = CAP * IFEVAL / slots
+                shape = {"attention": attention.__name__, "slots": slots, "window": window}
+                seconds = total * steps / T4_BANDWIDTH
+                found.append(
+                    shape | {"bytes": total, "t4_seconds": seconds, "by_operation": touched}
+                )
+    return found
+
+
 def in_a_process(engine: str, slots: int, n: int) -> dict:
     """`measure` in a fresh process."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -257,6 +343,7 @@ def summary(results: list[dict], n: int) -> dict:
             "at_cap": sum(length == CAP for length in lengths),
         },
         "atlas_over": {e: speed["atlas"] / s for e, s in speed.items() if e != "atlas"},
+        "steps": traced_steps(),
         "runs": results,
         **session.provenance(),
     }

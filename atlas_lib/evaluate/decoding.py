@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from atlas_lib import devices, models, progress
+from atlas_lib.evaluate.slot_cache import SlotDecoder
 
-SPARE_COLUMNS = 256  # steps between two moves of the KV cache's content to its front
 PREFILL_TOKENS = 4096  # bounds the activation memory of prompts that are prefilled together
-MAX_SLOTS = {"cpu": 48, "cuda": 128}  # beyond it a step takes longer in proportion to its rows
+MAX_SLOTS = {"cpu": 48}  # beyond it a step takes longer in proportion to its rows
 
 
 def encode_prompt(tokenizer: Any, prompt: str, prompt_format: str) -> list[int]:
@@ -107,13 +107,13 @@ def check_attention(shape: Any) -> None:
 
 
 def fitting_slots(model: Any, longest: int) -> int:
-    """How many rows of `longest` tokens fit into the free memory, at most MAX_SLOTS."""
+    """How many rows of `longest` tokens fit into the free memory, at most MAX_SLOTS on a CPU."""
     shape, kind = model.config, model.device.type
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width
     free = devices.free_bytes(devices.Device(kind, str(model.dtype), "")) * devices.HEADROOM
-    fitting = free / ((longest + SPARE_COLUMNS) * per_token * model.dtype.itemsize)
-    return max(1, min(int(fitting), MAX_SLOTS[kind]))
+    fitting = int(free / (longest * per_token * model.dtype.itemsize))
+    return max(1, min(fitting, MAX_SLOTS.get(kind, fitting)))
 
 
 def _refill_slots(
@@ -126,7 +126,7 @@ def _refill_slots(
     """
     prompts = dict(prompts)
     pending, rows = sorted(prompts, key=lambda index: len(prompts[index])), []
-    cache = SlotCache(slots, len(prompts[pending[-1]]) + cap + SPARE_COLUMNS)
+    decoder = SlotDecoder(model, slots, len(prompts[pending[-1]]) + cap)
     new: dict[int, list[int]] = {}
     while pending or rows:
         first, free = 0, min(slots - len(rows), len(pending))
@@ -135,91 +135,17 @@ def _refill_slots(
             free = min(free, max(1, PREFILL_TOKENS // len(prompts[pending[-1]])))
             rows += [pending.pop() for _ in range(free)]
             new |= {index: [] for index in rows[first:]}
-        ids = [new[index][-1:] or prompts[index] for index in rows[first:]]
-        tokens = _next_tokens(model, cache, first, ids)
+            tokens = decoder.add([prompts[index] for index in rows[first:]])
+        else:
+            tokens = decoder.step([new[index][-1] for index in rows])
         for row in reversed(range(first, len(rows))):  # the last row fills a gap: process it first
             index = rows[row]
             new[index].append(tokens[row - first])
             if new[index][-1] in stop_ids or len(new[index]) == cap:
                 yield index, new.pop(index)
-                cache.remove(row)
+                decoder.remove(row)
                 rows[row] = rows[-1]
                 rows.pop()
-
-
-def _next_tokens(model: Any, cache: "SlotCache", first: int, ids: list[list[int]]) -> list[int]:
-    """The most likely token after each of `ids`: whole prompts of new rows, else a token a row."""
-    import torch
-
-    width = max(map(len, ids))
-    cache.extend(first, ids, width)
-    lengths = torch.tensor(cache.lengths[first:], device=model.device)[:, None]
-    column = torch.arange(cache.seen, device=model.device)
-    query = column[-width:, None]
-    # Always pass a mask: without one a T4 takes sdpa's slow path. Padding attends to itself, since
-    # a softmax over nothing is NaN and would spread through its keys and values.
-    begun = column >= cache.seen - lengths[:, :, None]
-    mask = (column <= query) & (begun | (column == query))  # [rows, width, seen]
-    padded = [[0] * (width - len(row)) + row for row in ids]
-    logits = model(
-        input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=mask[:, None],
-        position_ids=(query[:, 0] + lengths - cache.seen).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits
-    return logits[:, -1].argmax(-1).tolist()
-
-
-class SlotCache:
-    """Keys and values of all rows, [slots, heads, columns, d] a layer, as a model's KV cache.
-
-    All rows end at the same column, wherever they begin: a step writes one column and reads one
-    window. Rows in use come first.
-    """
-
-    def __init__(self, slots: int, columns: int):
-        self.slots, self.columns, self.end = slots, columns, 0
-        self.lengths: list[int] = []  # tokens held by every row in use
-        self.layers: dict[int, list] = {}
-
-    def extend(self, first: int, ids: list[list[int]], width: int) -> None:
-        """Make room for `ids`, at most `width` wide, at the end of the rows from `first` on."""
-        new_rows = first == len(self.lengths)
-        step = 0 if new_rows else 1
-        if not width - step <= self.end <= self.columns - step:
-            self._move_to_front(width)
-        self.end += step
-        self.lengths = [n + step for n in self.lengths] + [len(row) for row in ids if new_rows]
-        self.first, self.seen = first, max(self.lengths[first:])
-
-    def _move_to_front(self, width: int) -> None:
-        held = max(self.lengths, default=0)
-        end = max(held, width)
-        for kept in (kept for layer in self.layers.values() for kept in layer):
-            kept[:, :, end - held : end] = kept[:, :, self.end - held : self.end].clone()
-        self.end = end
-
-    def update(self, keys: Any, values: Any, layer: int, *_: Any, **__: Any) -> tuple:
-        """Called by transformers' attention: store [rows, heads, width, d], return all columns."""
-        if layer not in self.layers:  # zeros: a masked NaN would still be one in the product
-            shape = (self.slots, keys.shape[1], self.columns, keys.shape[3])
-            self.layers[layer] = [keys.new_zeros(shape), values.new_zeros(shape)]
-        rows = slice(self.first, self.first + len(keys))
-        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
-            kept[rows, :, self.end - new.shape[2] : self.end] = new
-        window = slice(self.end - self.seen, self.end)
-        return tuple(kept[rows, :, window] for kept in self.layers[layer])
-
-    def remove(self, row: int) -> None:
-        """Free the slot of `row`: the last row in use moves into it."""
-        length = self.lengths.pop()
-        if row == len(self.lengths):
-            return
-        self.lengths[row], last = length, len(self.lengths)
-        for kept in (kept for layer in self.layers.values() for kept in layer):
-            kept[row, :, self.end - length : self.end] = kept[last, :, self.end - length : self.end]
 
 
 def diagnose(responses: list[dict], eos_token: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import decoding, ifeval_files
+from atlas_lib.evaluate import decoding, ifeval_files, slot_cache
 from atlas_lib.standin import tiny_model
 
 CAP = 64
@@ -115,7 +115,6 @@ def test_a_model_in_4_bit_gives_the_same_responses(config, loaded, prompts, adap
 
 def test_the_cache_moves_without_a_trace(loaded, prompts, reference, monkeypatch):
     """Short prompts in three slots: the columns are used up again and again."""
-    monkeypatch.setattr(decoding, "SPARE_COLUMNS", 5)
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 200)
     short = [i for i in range(48) if i % 3]
     found = decoding.generate(*loaded, [prompts[i] for i in short], "raw", CAP, 3)
@@ -194,14 +193,14 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(
 
 def test_slots_are_what_memory_holds(loaded, monkeypatch):
     base = loaded[0]
-    assert decoding.fitting_slots(base, 1000) == decoding.MAX_SLOTS["cpu"]
-    cache = decoding.SlotCache(1, 1000 + decoding.SPARE_COLUMNS)
-    decoding._next_tokens(base, cache, 0, [[5] * 1000])
-    row = sum(kept.nbytes for layer in cache.layers.values() for kept in layer)
+    assert decoding.fitting_slots(base, 1008) == decoding.MAX_SLOTS["cpu"]
+    decoder = slot_cache.SlotDecoder(base, 1, 1008)
+    decoder.add([[5] * 1000])
+    row = sum(kept.nbytes for layer in decoder.cache.layers.values() for kept in layer)
     monkeypatch.setattr(devices, "free_bytes", lambda device: 5.5 * row / devices.HEADROOM)
-    assert decoding.fitting_slots(base, 1000) == 5
+    assert decoding.fitting_slots(base, 1008) == 5
     monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
-    assert decoding.fitting_slots(base, 1000) == 1
+    assert decoding.fitting_slots(base, 1008) == 1
 
 
 def test_chat_prompts_open_a_turn_and_the_response_is_cut_at_the_first_stop(loaded):
