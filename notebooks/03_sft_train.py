@@ -273,6 +273,33 @@ print(f"loss of two rows: {by_trainer:.5f} by the trainer, {by_hand:.5f} by hand
 tolerance = 1e-3 if device.dtype == "float32" else 1e-2
 assert math.isclose(by_trainer, by_hand, rel_tol=tolerance), "the loss is of other tokens"
 
+# %% [markdown]
+# ## What is watched during the training
+#
+# A response has a first token, which begins it after the header, a content, and a stop token. Their
+# losses are measured apart on a few validation rows, from before the first step on, and three
+# prompts are answered at five moments. Edit the prompts to see others.
+
+# %%
+from functools import partial
+
+from atlas_lib.train import learning
+
+prompts = [
+    "Write a short note on kayaking. Do not use any commas.",
+    "Tell me about sculpture. Wrap your whole answer in double quotation marks.",
+    "Is jazz guitar hard to learn? Answer with one of: My answer is yes. My answer is no.",
+]
+respond = partial(
+    decoding.generate,
+    tokenizer=tokenizer,
+    prompts=prompts,
+    prompt_format="chat",
+    max_new_tokens=80,
+    slots=len(prompts),
+)
+trainer.add_callback(learning.KindLosses(trainer.eval_dataset, respond))
+
 # %% tags=["train"]
 with checkpoints.listening():
     result = trainer.train(resume_from_checkpoint=checkpoints.resume_from)
@@ -283,7 +310,8 @@ log = [entry for entry in trainer.state.log_history if "loss" in entry]
 first_loss = log[0]["loss"]
 last_loss = sum(entry["loss"] for entry in log[-3:]) / len(log[-3:])
 warnings = adapters.doubts(trainer.model, first_loss, last_loss)
-print("\n".join(f"warning: {sentence}" for sentence in warnings))
+for sentence in warnings:
+    print(f"warning: {sentence}")
 
 # %% [markdown]
 # ## The loss
@@ -308,30 +336,42 @@ notebooks.show_figure(figure, f"Curve of the training loss. {finding}; {ending}.
 # The dashed line is the loss on conversations that were not trained on. A validation loss far above
 # the end of the curve would mean that the model has memorised the training rows.
 #
-# ## Responses before and after
+# ## When is the stop learned?
 #
-# The same model responds to each prompt twice, with the adapter disabled and enabled. Edit the
-# prompts and run the cell again. The first turns of a few validation rows are added to measure the
-# EOS rate, the share of responses that the model ends itself with `<|im_end|>`.
+# The pretrained model has never seen the end of a turn in this format. Its loss on the stop token
+# is high at first and falls within a few steps, long before the content changes much.
+
+# %%
+watched = [entry for entry in trainer.state.log_history if "loss_stop" in entry]
+figure_kinds, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+for kind, color in zip(learning.KINDS, ("#8c8c8c", "#4c72b0", "#c44e52"), strict=True):
+    losses = [entry[f"loss_{kind}"] for entry in watched]
+    axes.plot([entry["step"] for entry in watched], losses, color=color, label=kind)
+axes.set(xlabel="step", ylabel="loss on validation rows")
+ends = [f"{kind} {watched[0][f'loss_{kind}']:.2f} to {watched[-1][f'loss_{kind}']:.2f}"
+        for kind in learning.KINDS]  # fmt: skip
+axes.set_title(f"Loss by kind of token: {', '.join(ends)}", fontsize=10)
+axes.legend(frameon=False)
+notebooks.show_figure(figure_kinds, f"Losses by kind of token: {', '.join(ends)}.", config.label)
+
+# %%
+sampled = [entry for entry in watched if "sampled" in entry]
+for number, prompt in enumerate(prompts):
+    print(f"prompt  {prompt}")
+    for entry in sampled:
+        print(f"  step {entry['step']:>4}  {entry['sampled'][number][:300]!r}")
+
+# %% [markdown]
+# ## The EOS rate
+#
+# The trained model also responds to the first turns of a few validation rows, to measure the share
+# of responses that it ends itself with the stop token.
 
 # %% tags=["sample-responses"]
-prompts = [
-    "Write a short note on kayaking. Do not use any commas.",
-    "Tell me about sculpture. Wrap your whole answer in double quotation marks.",
-    "Is jazz guitar hard to learn? Answer with one of: My answer is yes. My answer is no.",
-]
-with trainer.model.disable_adapter():
-    before = decoding.generate(trainer.model, tokenizer, prompts, "chat", 80, len(prompts))
 first_turns = [chat[0]["content"] for chat in validation if chat[0]["role"] == "user"][:5]
 cap = min(512, config.eval.max_new_tokens)
 everything = prompts + first_turns
 after = decoding.generate(trainer.model, tokenizer, everything, "chat", cap, len(everything))
-
-# %%
-for prompt, base_response, sft_response in zip(prompts, before, after, strict=False):
-    print(f"prompt  {prompt}")
-    print(f"  base  {base_response['response']!r}")
-    print(f"  SFT   {sft_response['response'][:400]!r}\n")
 eos_rate = sum(response["stop"] == tokenizer.eos_token for response in after) / len(after)
 print(f"EOS rate: {eos_rate:.0%} of {len(after)} SFT responses, within {cap} tokens")
 

@@ -360,7 +360,7 @@ for heading, failing, passing in (("won", a, b), ("lost", b, a)):
 # `04_ifeval_eval/responses.html`; websites that show no frames leave it out.
 
 # %%
-page = explorer.render_page(prompts, responses, verdicts, primary, config.label)
+page = explorer.render_responses(prompts, responses, verdicts, primary, config.label)
 notebooks.show_page(page, "Every prompt and response")
 
 # %% [markdown]

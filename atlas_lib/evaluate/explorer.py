@@ -7,13 +7,13 @@ import jinja2
 from atlas_lib import notebooks
 from atlas_lib.evaluate.checkers import described
 
-PAGE = Path(__file__).with_suffix(".html.jinja")
-BUDGET = 600_000  # characters of responses on a page, which then stays below 1 MB
-LIMITS = (100_000, 4_000, 2_000, 1_000, 500, 250)  # of one response, the first that fits is taken
+TEMPLATE = Path(__file__).with_suffix(".html.jinja")
+SHOWN_CHARACTERS = 600_000  # characters of responses on a page, which then stays below 1 MB
+CUTS = (100_000, 4_000, 2_000, 1_000, 500, 250)  # of one response, the first that fits is taken
 OUTCOMES = ("won", "lost", "neither", "both")
 
 
-def render_page(
+def render_responses(
     prompts: list[dict],
     responses: dict[tuple[str, str], list[dict]],
     verdicts: dict[tuple[str, str], list[dict]],
@@ -22,11 +22,11 @@ def render_page(
 ) -> str:
     """The HTML text; prompts are grouped by the outcome of the comparison `primary`.
 
-    A response is shown up to the largest of LIMITS that keeps the page within BUDGET.
+    A response is shown up to the largest of CUTS that keeps the page within SHOWN_CHARACTERS.
     """
     lengths = [len(r["response"]) for given in responses.values() for r in given]
-    fitting = (limit for limit in LIMITS if sum(min(n, limit) for n in lengths) <= BUDGET)
-    limit = next(fitting, LIMITS[-1])
+    fitting = (limit for limit in CUTS if sum(min(n, limit) for n in lengths) <= SHOWN_CHARACTERS)
+    limit = next(fitting, CUTS[-1])
     a, b = tuple(primary["a"]), tuple(primary["b"])
     responses = {row: responses[row] for row in (b, a, *responses)}  # the two come first
     groups: dict[str, list[dict]] = {outcome: [] for outcome in OUTCOMES}
@@ -53,7 +53,7 @@ def render_page(
                 ],
             }
         )
-    template = jinja2.Template(PAGE.read_text("utf-8"), autoescape=True, trim_blocks=True)
+    template = jinja2.Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     types = sorted({name for prompt in prompts for name in prompt["instruction_id_list"]})
     models = [" ".join(row) for row in responses]
     return template.render(groups=groups, types=types, models=models, primary=primary, label=label)

@@ -12,7 +12,7 @@ from atlas_lib.loss_mask.audit import Auditor
 from atlas_lib.loss_mask.token_rows import TokenRow
 
 PAGE = Path(__file__).with_suffix(".html.jinja")
-BUDGET = 950_000  # bytes of a page
+PAGE_BYTES = 950_000  # bytes of a page
 
 
 def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
@@ -21,11 +21,11 @@ def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
 
 
 def render_page(auditor: Auditor, conversations: Iterable, name: str) -> str:
-    """The HTML text of the page: conversations that failed first, as many as fit into BUDGET."""
+    """The HTML text of the page: conversations that failed first, as many as fit into PAGE_BYTES."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text("utf-8"))
     blocks: dict[bool, list[str]] = {True: [], False: []}  # those that failed, the others
-    left, judged = BUDGET - len(template.render(blocks=[], name=name).encode()), 0
+    left, judged = PAGE_BYTES - len(template.render(blocks=[], name=name).encode()), 0
     for record, rows, opinions in auditor.judge(conversations):
         judged += 1
         panels = [

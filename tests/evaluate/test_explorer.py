@@ -26,7 +26,7 @@ def page_of(texts: dict[tuple[str, str], list[str]]) -> str:
     }
     verdicts = {row: ifeval.score(prompts, given) for row, given in texts.items()}
     primary = significance.compare_grid(verdicts, 0.05, 0.03)[0]
-    return explorer.render_page(prompts, responses, verdicts, primary, "a label")
+    return explorer.render_responses(prompts, responses, verdicts, primary, "a label")
 
 
 class Reader(HTMLParser):

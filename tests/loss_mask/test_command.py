@@ -300,7 +300,7 @@ def test_report_and_page_show_every_row(prove, tmp_path):
 
 
 def test_a_page_holds_as_many_conversations_as_fit(prove, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "BUDGET", 12_000)
+    monkeypatch.setattr(page, "PAGE_BYTES", 12_000)
     path = tmp_path / "page.html"
     prove(templates.CHATML, [CHAT] * 40, "--html", path)
     shown, judged = map(int, re.search(r"(\d+) of (\d+) conversations", path.read_text()).groups())
