@@ -68,6 +68,7 @@ def run_notebooks(args: argparse.Namespace) -> None:
             run_stage(stage, config, out, parameters, args.force)
         if metrics := current_metrics(config, out):
             print(metrics_table(metrics))
+            print(other_tables(out))
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
@@ -147,6 +148,15 @@ def current_metrics(config: Config, out: Path) -> list[dict]:
     if not intact:
         artifacts.write_json(path, rows)
     return rows
+
+
+def other_tables(out: Path) -> str:
+    """A table for each benchmark beside IFEval, for a terminal."""
+    measured, parts = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json"), []
+    for other in measured["benchmarks"].values():
+        parts.append(f"\n{other['title']}; the response 'x' passes {other['trivial']:.3f}")
+        parts.append(metrics_table([row | measured["origin"] for row in other["metrics"]]))
+    return "\n".join(parts)
 
 
 def sentence_of(error: Exception, out: Path) -> str:

@@ -8,6 +8,7 @@ import argparse
 import itertools
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from atlas_lib import artifacts, notebooks, sources
@@ -15,11 +16,15 @@ from atlas_lib.evaluate import decoding, ifeval_files, significance, tables
 from atlas_lib.evaluate.checkers import MODES, ensure_punkt, followed
 
 
-def score(prompts: list[dict], responses: list[str]) -> list[dict]:
+def score(
+    prompts: list[dict],
+    responses: list[str],
+    check: Callable[[dict, str], dict[str, list[bool]]] = followed,
+) -> list[dict]:
     """Verdicts {key, instruction_id_list, strict, loose, prompt_strict, prompt_loose}, in order."""
     verdicts = []
     for prompt, response in zip(prompts, responses, strict=True):
-        passed = followed(prompt, response)
+        passed = check(prompt, response)
         whole = {f"prompt_{mode}": all(passed[mode]) for mode in MODES}
         verdicts.append({k: prompt[k] for k in ("key", "instruction_id_list")} | passed | whole)
     return verdicts

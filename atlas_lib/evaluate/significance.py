@@ -174,13 +174,16 @@ def sensitivity(paired: dict, n: int, alpha: float) -> dict:
 
 
 def compare_grid(
-    verdicts: dict[tuple[str, str], list[dict]], alpha: float, clear_share: float
+    verdicts: dict[tuple[str, str], list[dict]],
+    alpha: float,
+    clear_share: float,
+    plan: list[tuple[str, tuple[str, str], tuple[str, str]]] = PLAN,
 ) -> list[dict]:
     """{comparison, a, b, role, **paired, p_adjusted, verdict} of every planned pair that exists.
 
     The primary and the secondary comparison keep their p; the others are adjusted together (Holm).
     """
-    planned = [(role, a, b) for role, a, b in PLAN if a in verdicts and b in verdicts]
+    planned = [(role, a, b) for role, a, b in plan if a in verdicts and b in verdicts]
     rows = [
         {"comparison": f"{' '.join(b)} against {' '.join(a)}", "a": list(a), "b": list(b)}
         | {"role": role, **paired(verdicts[a], verdicts[b])}
