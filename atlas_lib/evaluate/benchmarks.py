@@ -12,7 +12,7 @@ from atlas_lib.schema import Config
 
 FLOOR = 0.05  # two scores below it are too close to 0 to be compared
 # Nothing is primary but IFEval: all comparisons of another benchmark are corrected together.
-PLAN = [("other", a, b) for _, a, b in significance.PLAN]
+COMPARED_TOO = [("other", a, b) for _, a, b in significance.PLAN]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def summarise_other(
     metrics = ifeval.grid_metrics(responses, verdicts, eos_token)
     scores = {(row["model"], row["format"]): row["prompt_level_strict_acc"] for row in metrics}
     limits = (config.eval.alpha, config.eval.clear_margin)
-    compared = significance.compare_grid(verdicts, *limits, PLAN)
+    compared = significance.compare_grid(verdicts, *limits, COMPARED_TOO)
     for row in compared:
         if max(scores[tuple(row["a"])], scores[tuple(row["b"])]) < FLOOR:
             row["verdict"] = f"floor (both below {FLOOR:.0%})"

