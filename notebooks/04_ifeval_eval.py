@@ -339,9 +339,10 @@ print(f"prompts needed to detect this effect with {seen['power']:.0%} power: {ne
 #
 # IFBench has instructions that IFEval does not have, such as words in alphabetical order or nested
 # quotation marks. None of its comparisons is the primary one, so their p-values are corrected
-# together. A score has to be read beside that of a response which ignores the prompt: the single
-# letter `x` breaks no rule about repeated words, and passes all prompts that only forbid something.
-# Where two scores are below 5 %, the verdict is *floor*: both are too close to zero to be compared.
+# together. A score has to be read beside that of a response which ignores the prompt: many of the
+# checkers have nothing to object to in the single letter `x`, such as those of repeated words and
+# of alphabetical order, so a model that writes whole sentences can score lower than it. Where two
+# scores are below 5 %, the verdict is *floor*: both are too close to zero to be compared.
 
 # %%
 others = {}
@@ -369,6 +370,7 @@ results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taugh
 results |= {"sensitivity": seen, "guardrails": guarded, "guardrails_paired": guarded_pairs}
 results |= {"published": published, "origin": origin, "benchmarks": others}
 
+# %%
 with artifacts.stage("04_ifeval_eval", config, out, [trained] if trained else []) as folder:
     for benchmark, rows in responses_of.items():
         for row, given in rows.items():
