@@ -83,6 +83,7 @@ clean:                  ## delete runs/ and build/, keep the environment
 	@echo "Installing requirements.txt into .venv (once; about 2 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m atlas_lib.ifeval punkt
+	@$(BIN)/python -c "from atlas_lib.evaluate import ifbench; ifbench.ensure_ifbench()"
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp requirements-dev.txt requirements-site.txt

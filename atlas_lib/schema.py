@@ -121,15 +121,24 @@ class Train(Section):
 
 
 class Eval(Section):
+    benchmarks: list[Literal["ifeval", "ifbench"]]
     prompts: str
     prompts_revision: str | None
     limit: PositiveInt | None
+    other_limit: PositiveInt | None
     formats: list[Literal["raw", "chat"]] = Field(min_length=1)
     max_new_tokens: PositiveInt
     load_in_4bit: bool
     alpha: float = Field(gt=0, lt=1)
     clear_margin: float = Field(ge=0, lt=1)
     guardrails: bool
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _ifeval_first_and_each_once(cls, names: list[str]) -> list[str]:
+        if names[:1] != ["ifeval"] or len(set(names)) < len(names):
+            raise ValueError("it should begin with ifeval, on which the verdict is, each name once")
+        return names
 
 
 class Offline(Section):

@@ -71,7 +71,7 @@ import time
 from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, devices, models, notebooks, session
-from atlas_lib.evaluate import explorer, grid, guardrails, ifeval, significance, tables
+from atlas_lib.evaluate import benchmarks, explorer, grid, guardrails, ifeval, significance, tables
 
 config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
@@ -103,10 +103,12 @@ for response in ('"Bread and tea."', '"Bread, tea."', 'Sure:\n"Bread and tea."')
 # passes only with loose scoring. An empty response never passes. Scoring is deterministic: the two
 # checkers that draw a random letter and the language detector are seeded.
 #
-# These are the prompts of the evaluation; the first one follows below.
+# These are the prompts of the evaluation; the first one follows below. A second benchmark, if
+# `eval.benchmarks` names one, is evaluated beside it and reported at the end.
 
 # %%
-prompts = grid.evaluation_prompts(config)
+prompts_of = benchmarks.evaluation_prompts(config)
+prompts = prompts_of["ifeval"]
 print(f"{len(prompts)} prompts from {config.eval.prompts}")
 print(prompts[0]["instruction_id_list"], notebooks.printable(prompts[0]["prompt"]), sep="\n")
 
@@ -191,15 +193,15 @@ adapter = config.model.adapter or trained / "adapter"
 
 # %% tags=["generate"]
 stored, started = grid.stored_tokens(out), time.monotonic()
-responses = grid.generate_all(config, device, adapter, prompts, out)
+responses_of = grid.generate_all(config, device, adapter, prompts_of, out)
 seconds, tokens = time.monotonic() - started, grid.stored_tokens(out) - stored
 work = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 # %%
-verdicts = {
-    row: ifeval.score(prompts, [response["response"] for response in given])
-    for row, given in responses.items()
+verdicts_of = {
+    name: benchmarks.score_grid(name, prompts_of[name], rows) for name, rows in responses_of.items()
 }
+responses, verdicts = responses_of["ifeval"], verdicts_of["ifeval"]
 assert all(len(rows) == len(prompts) for rows in verdicts.values()), "responses are missing"
 
 # %% [markdown]
@@ -228,7 +230,7 @@ tables.score_table(metrics)
 # the protocol are the same, decoding is greedy and only a few prompts should lie between the two;
 # `apart` counts them. `eval.guardrails` adds MMLU, GSM8K and TruthfulQA with the settings of the
 # published recipe. They take hours, and fine-tuning is not expected to move them by more than a
-# point or two.
+# point or two. SFT is compared with base item by item, with the same test as on IFEval.
 
 # %%
 import pandas as pd
@@ -240,14 +242,17 @@ else:
     print("There are no published figures for this model and these prompts.")
 
 # %%
-guarded = []
+guarded, items = [], {}
 for name in grid.model_names(config) if config.eval.guardrails else []:
     model, tokenizer = grid.load_model(name, config, device, adapter), models.load_tokenizer(config)
-    for row in guardrails.run_tasks(model, tokenizer, batch_size=8):
+    items[name] = guardrails.run_tasks(model, tokenizer, batch_size=8)
+    for row in items[name]:
         figure = guardrails.PUBLISHED[row["task"]].get(name)
-        guarded.append({"model": name, **row, "published": figure})
+        shown = {key: value for key, value in row.items() if key != "outcomes"}
+        guarded.append({"model": name, **shown, "published": figure})
+guarded_pairs = guardrails.compare_tasks(items["base"], items["SFT"]) if items else []
 if guarded:
-    display(pd.DataFrame(guarded))
+    display(pd.DataFrame(guarded), pd.DataFrame(guarded_pairs))
 else:
     print("MMLU, GSM8K and TruthfulQA: not run (eval.guardrails is off)")
 
@@ -364,25 +369,52 @@ page = explorer.render_responses(prompts, responses, verdicts, primary, config.l
 notebooks.show_page(page, "Every prompt and response")
 
 # %% [markdown]
+# ## A second benchmark
+#
+# IFBench has instructions that IFEval does not have, such as words in alphabetical order or nested
+# quotation marks. None of its comparisons is the primary one, so their p-values are corrected
+# together. A score has to be read beside that of a response which ignores the prompt: many of the
+# checkers have nothing to object to in the single letter `x`, such as those of repeated words and
+# of alphabetical order, so a model that writes whole sentences can score lower than it. Where two
+# scores are below 5 %, the verdict is *floor*: both are too close to zero to be compared.
+
+# %%
+others = {}
+for name in config.eval.benchmarks[1:]:
+    shared = (prompts_of[name], responses_of[name], verdicts_of[name], end_of_turn, config)
+    others[name] = benchmarks.summarise_other(name, *shared)
+    print(f"{others[name]['title']}: {others[name]['n']} prompts; {others[name]['source']}")
+    print(f"the response 'x' passes {others[name]['trivial']:.1%} of the prompts")
+    display(tables.score_table(others[name]["metrics"]))
+    display(tables.comparison_table(others[name]["comparisons"]))
+if not others:
+    print("Other benchmarks than IFEval: not run (eval.benchmarks names none)")
+
+# %% [markdown]
 # ## Write the results
 #
-# `metrics.json` holds one object per model and format, each with the origin of its run.
+# `metrics.json` holds one object per model and format on IFEval, each with the origin of its run.
+# Other benchmarks are in `ifeval.json`, under `benchmarks`.
 
 # %%
 origin = {"digest": artifacts.config_digest(config), "commit": session.commit()}
 origin |= {"data": config.eval.prompts, "hardware": devices.hardware(), "label": config.label}
 origin |= {"adapter": config.model.adapter, "adapter_base": config.model.adapter_base}
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
-results |= {"parts": parts, "sensitivity": sensitivity, "guardrails": guarded}
-results |= {"published": published, "origin": origin}
+results |= {"parts": parts, "sensitivity": sensitivity, "published": published}
+results |= {"guardrails": guarded, "guardrails_paired": guarded_pairs}
+results |= {"benchmarks": others, "origin": origin}
 
+# %%
 inputs = [trained] if trained else []
 with artifacts.stage("04_ifeval_eval", config, out, inputs, **work) as folder:
-    for (name, prompt_format), given in responses.items():
-        file, pairs = f"{name}-{prompt_format}.jsonl", zip(prompts, given, strict=True)
-        keyed = [{"key": p["key"], "prompt": p["prompt"], **response} for p, response in pairs]
-        artifacts.write_jsonl(folder / "responses" / file, keyed)
-        artifacts.write_jsonl(folder / "scores" / file, verdicts[name, prompt_format])
+    for benchmark, rows in responses_of.items():
+        for row, given in rows.items():
+            file = f"{grid.file_name(benchmark, *row)}.jsonl"
+            pairs = zip(prompts_of[benchmark], given, strict=True)
+            keyed = [{"key": p["key"], "prompt": p["prompt"], **response} for p, response in pairs]
+            artifacts.write_jsonl(folder / "responses" / file, keyed)
+            artifacts.write_jsonl(folder / "scores" / file, verdicts_of[benchmark][row])
     artifacts.write_lines(folder / "responses.html", [page])
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])

@@ -159,6 +159,7 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "comparisons": [without_keys(row) for row in measured["comparisons"]],
         "parts": [without_keys(row) for row in measured.get("parts", [])],
         "sensitivity": measured["sensitivity"],
+        "benchmarks": measured["benchmarks"],
     }
     rows_of_audit = (run / TEMPLATE_AUDIT / audit.AUDIT_ROWS).read_text("utf-8").split("\n")
     return {

@@ -79,7 +79,7 @@ def run_notebooks(args: argparse.Namespace) -> None:
         if args.seeds:
             run_seeds(args, each, out)
         elif metrics := run_in(args, overrides, out):
-            print(metrics_table(metrics), primary_verdict(out), sep="\n")
+            print(metrics_table(metrics), primary_verdict(out), other_tables(out), sep="\n")
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
@@ -235,6 +235,15 @@ def primary_verdict(out: Path) -> str:
     return tables.verdict_line(
         artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json")["comparisons"][0]
     )
+
+
+def other_tables(out: Path) -> str:
+    """A table for each benchmark beside IFEval, for a terminal."""
+    measured, parts = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json"), []
+    for other in measured["benchmarks"].values():
+        parts.append(f"\n{other['title']}; the response 'x' passes {other['trivial']:.3f}")
+        parts.append(metrics_table([row | measured["origin"] for row in other["metrics"]]))
+    return "\n".join(parts)
 
 
 def sentence_of(error: Exception, out: Path) -> str:

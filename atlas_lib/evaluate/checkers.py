@@ -105,11 +105,15 @@ def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
     return found
 
 
-def score(prompts: list[dict], responses: list[str]) -> list[dict]:
+def score(
+    prompts: list[dict],
+    responses: list[str],
+    check: Callable[[dict, str], dict[str, list[bool]]] = followed,
+) -> list[dict]:
     """Verdicts {key, instruction_id_list, strict, loose, prompt_strict, prompt_loose}, in order."""
     verdicts = []
     for prompt, response in zip(prompts, responses, strict=True):
-        passed = followed(prompt, response)
+        passed = check(prompt, response)
         whole = {f"prompt_{mode}": all(passed[mode]) for mode in MODES}
         verdicts.append({k: prompt[k] for k in ("key", "instruction_id_list")} | passed | whole)
     return verdicts

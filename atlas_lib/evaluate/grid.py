@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from atlas_lib import artifacts, bootstrap, devices, models, sources
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.devices import Device
-from atlas_lib.evaluate import adapter_check, decoding, ifeval_files, responses
+from atlas_lib.evaluate import adapter_check, benchmarks, decoding, responses
 from atlas_lib.schema import Config
 
 ROLES = {"base": "base", "SFT": "base", "Instruct": "instruct"}  # the key of model: with weights
@@ -62,22 +63,28 @@ def response_origin(
 
 
 def generate_all(
-    config: Config, device: Device, adapter: str | Path, prompts: list[dict], out: Path
-) -> dict[tuple[str, str], list[dict]]:
-    """{(model, format): responses} of the whole grid; with several GPUs, one process per GPU.
+    config: Config, device: Device, adapter: str | Path, prompts: dict[str, list[dict]], out: Path
+) -> dict[str, dict[tuple[str, str], list[dict]]]:
+    """{benchmark: {(model, format): responses}}; with several GPUs, one process per GPU.
+
+    `prompts` are those of each benchmark, as `benchmarks.evaluation_prompts` returns them.
 
     Raises ValueError, before any model responds, for an adapter that does not fit the base.
     """
     adapter_check.check_adapter(adapter, config)
     if len(gpus := devices.visible_gpus()) > 1:
         _generate_in_processes(config, adapter, out, gpus)
-    found = {}
+    found: dict[str, dict] = {benchmark: {} for benchmark in prompts}
     for name in model_names(config):
         collect = collector(name, config, device, adapter, prompts, out)
-        found |= {
-            (name, prompt_format): collect(prompt_format) for prompt_format in config.eval.formats
-        }
+        for benchmark, prompt_format in rows_of(config):
+            found[benchmark][name, prompt_format] = collect(benchmark, prompt_format)
     return found
+
+
+def rows_of(config: Config) -> Iterator[tuple[str, str]]:
+    """(benchmark, format) in the order in which a model responds."""
+    return itertools.product(config.eval.benchmarks, config.eval.formats)
 
 
 def collector(
@@ -85,10 +92,10 @@ def collector(
     config: Config,
     device: Device,
     adapter: str | Path,
-    prompts: list[dict],
+    prompts: dict[str, list[dict]],
     out: Path,
-) -> Callable[[str], list[dict]]:
-    """A function that returns one model's responses in a format; missing ones are generated."""
+) -> Callable[[str, str], list[dict]]:
+    """A function that returns a model's responses to a benchmark in a format, or generates them."""
     tokenizer = models.load_tokenizer(config)
     loaded = functools.cache(lambda: load_model(name, config, device, adapter))
 
@@ -98,12 +105,12 @@ def collector(
         limits = (config.eval.max_new_tokens, config.run.eval_slots)
         decoding.generate(loaded(), tokenizer, texts, prompt_format, *limits, on_response)
 
-    def collect(prompt_format: str) -> list[dict]:
+    def collect(benchmark: str, prompt_format: str) -> list[dict]:
         return responses.collect_responses(
             out / STORE,
-            f"{name}-{prompt_format}",
+            file_name(benchmark, name, prompt_format),
             response_origin(name, prompt_format, config, device, adapter, tokenizer),
-            prompts,
+            prompts[benchmark],
             functools.partial(generate_missing, prompt_format),
         )
 
@@ -123,6 +130,11 @@ def check_context(model: Any, tokenizer: Any, prompts: list[dict], prompt_format
             f"The prompts with the keys {too_long} do not fit the model's context of {context:,} "
             f"tokens ({prompt_format}); remove them from eval.prompts, or use another model."
         )
+
+
+def file_name(benchmark: str, name: str, prompt_format: str) -> str:
+    """What files of a model's responses and scores are named after; IFEval's are without prefix."""
+    return f"{'' if benchmark == 'ifeval' else f'{benchmark}-'}{name}-{prompt_format}"
 
 
 def command(config: Config, adapter: str | Path, out: Path, names: list[str]) -> list[str]:
@@ -150,7 +162,7 @@ def _generate_in_processes(config: Config, adapter: str | Path, out: Path, gpus:
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         try:
-            for gpu in gpus[: len(model_names(config)) * len(config.eval.formats)]:
+            for gpu in gpus[: len(model_names(config)) * len(list(rows_of(config)))]:
                 processes[gpu] = subprocess.Popen(
                     command(config, adapter, out, model_names(config)),
                     env=environment | {devices.VISIBLE: gpu, devices.NARROWED: ""},
@@ -173,13 +185,6 @@ def known_figures(config: Config) -> list[dict]:
     return [dict(row) for row in known["rows"]] if same and not config.eval.limit else []
 
 
-def evaluation_prompts(config: Config) -> list[dict]:
-    """The first `eval.limit` prompts of `eval.prompts`, in IFEval's schema."""
-    wanted = config.eval
-    name, revision = sources.fetch(wanted.prompts, wanted.prompts_revision, config, "dataset")
-    return ifeval_files.load_prompts(name, revision, wanted.limit)
-
-
 def taught_types(config: Config) -> set[str]:
     """Instruction types that the training data teaches, where that is known: the tiny model's."""
     embedded = config.data.dataset.startswith(sources.EMBEDDED)
@@ -196,12 +201,12 @@ def main() -> None:
     """Store the responses of some models, leaving out what another process is generating."""
     text, adapter, out, *names = sys.argv[1:]
     config = Config.model_validate_json(text)
-    device, prompts = devices.choose_device(config), evaluation_prompts(config)
+    device, prompts = devices.choose_device(config), benchmarks.evaluation_prompts(config)
     for name in names:
         collect = collector(name, config, device, adapter, prompts, Path(out))
-        for prompt_format in config.eval.formats:
+        for row in rows_of(config):
             with contextlib.suppress(responses.BusyError):
-                collect(prompt_format)
+                collect(*row)
 
 
 if __name__ == "__main__":

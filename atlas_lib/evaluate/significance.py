@@ -180,14 +180,17 @@ def smallest_effect(n: int, discordant: float, alpha: float) -> float | None:
 
 
 def compare_grid(
-    verdicts: dict[tuple[str, str], list[dict]], alpha: float, clear_share: float
+    verdicts: dict[tuple[str, str], list[dict]],
+    alpha: float,
+    clear_share: float,
+    plan: list[tuple[str, tuple[str, str], tuple[str, str]]] = PLAN,
 ) -> list[dict]:
     """{comparison, a, b, role, **paired, p_adjusted, verdict} of every planned pair that exists.
 
     The named comparisons are a fixed sequence: the secondary one is tested at the same alpha, and
     only if the primary one is significant. The others are adjusted together (Holm).
     """
-    planned = [(role, a, b) for role, a, b in PLAN if a in verdicts and b in verdicts]
+    planned = [(role, a, b) for role, a, b in plan if a in verdicts and b in verdicts]
     rows = [
         {"comparison": f"{' '.join(b)} against {' '.join(a)}", "a": list(a), "b": list(b)}
         | {"role": role, **paired(verdicts[a], verdicts[b])}

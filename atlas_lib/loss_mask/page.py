@@ -21,7 +21,7 @@ def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
 
 
 def render_page(auditor: Auditor, conversations: Iterable, name: str) -> str:
-    """The HTML text of the page: conversations that failed first, as many as fit into PAGE_BYTES."""
+    """The HTML text: conversations that failed first, as many as fit into PAGE_BYTES."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text("utf-8"))
     blocks: dict[bool, list[str]] = {True: [], False: []}  # those that failed, the others

@@ -28,6 +28,7 @@ SEED_KEY = "train.seed"
 # A trial is evaluated on the dev prompts, in the format that it was trained in, and not published.
 FIXED = {
     "eval.prompts_revision": None,
+    "eval.benchmarks": ["ifeval"],
     "eval.limit": None,
     "eval.formats": ["chat"],
     "eval.guardrails": False,

@@ -24,7 +24,7 @@ from tiny import TINY
 
 from atlas_lib import artifacts, data, notebooks, session, stages
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import grid
+from atlas_lib.evaluate import benchmarks
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 NAMES = [path.stem for path in SOURCES]
@@ -239,7 +239,7 @@ def test_no_control_character_of_data_reaches_the_terminal(name, words, tmp_path
     given = {"data.n_samples": 1, "data.n_validation": 1, "eval.prompts_revision": None}
     given |= {"data.dataset": f"{tmp_path}/data.jsonl", "eval.prompts": f"{tmp_path}/prompts.jsonl"}
     config = load_config("sft_qwen05b", "offline", given)
-    run_cell(name, words, config=config, data=data, grid=grid, notebooks=notebooks)
+    run_cell(name, words, config=config, data=data, benchmarks=benchmarks, notebooks=notebooks)
     shown = capsys.readouterr().out
     assert repr(ESCAPE)[1:-1] in shown
     assert not {"\x1b", "\x07"} & set(shown)

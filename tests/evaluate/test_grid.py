@@ -18,7 +18,7 @@ from tiny import TINY
 
 from atlas_lib import devices, models
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import grid
+from atlas_lib.evaluate import benchmarks, grid
 
 CPU = devices.Device("cpu", "float32", "test")
 SHORT = TINY | {"eval.limit": 6, "eval.max_new_tokens": 12}
@@ -35,8 +35,8 @@ def adapter(config, tmp_path_factory):
 
 
 def generate_all(config, adapter, out):
-    prompts = grid.evaluation_prompts(config)
-    return grid.generate_all(config, CPU, adapter, prompts, out)
+    prompts = benchmarks.evaluation_prompts(config)
+    return grid.generate_all(config, CPU, adapter, prompts, out)["ifeval"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checks import refusal
 
 from atlas_lib import devices, models
 from atlas_lib.evaluate import guardrails
@@ -71,3 +72,42 @@ def test_lm_eval_knows_the_tasks():
 
     assert guardrails.TASKS.keys() == guardrails.PUBLISHED.keys()
     assert set(guardrails.TASKS) <= set(TaskManager().all_tasks)
+
+
+def outcomes(*scores, task="gsm8k"):
+    return {"task": task, "outcomes": {f"{task} {i}": score for i, score in enumerate(scores)}}
+
+
+def test_the_outcomes_are_those_that_the_mean_is_of(tasks, tiny_config):
+    base = models.load_weights("base", tiny_config, CPU, in_4bit=False)
+    settings = {"after": {"num_fewshot": 0, "limit": None, "metric": "acc,none"}}
+    [row] = guardrails.run_tasks(base, models.load_tokenizer(tiny_config), 4, settings, tasks)
+    assert list(row["outcomes"]) == [f"after {i}" for i in range(12)]
+    assert set(row["outcomes"].values()) <= {0.0, 1.0}
+    assert row["value"] == pytest.approx(sum(row["outcomes"].values()) / 12)
+    [same] = guardrails.compare_tasks([row], [row])
+    assert (same["only_a"], same["only_b"], same["mcnemar_p"]) == (0, 0, 1.0)
+
+
+def test_two_models_are_compared_item_by_item():
+    """Equal means can hide changes; 1 loss and 9 wins among 30 items: McNemar's p is 0.0215."""
+    a = outcomes(1, *[0] * 9, *[1] * 10, *[0] * 10)
+    b = outcomes(0, *[1] * 9, *[1] * 10, *[0] * 10)
+    [found] = guardrails.compare_tasks([a], [b])
+    assert (found["n"], found["only_a"], found["only_b"]) == (30, 1, 9)
+    assert found["mcnemar_p"] == pytest.approx(22 / 2**10)
+    assert found["difference_points"] == pytest.approx(100 * 8 / 30)
+    low, high = found["difference_ci95"]
+    assert 0 < low < found["difference_points"] < high
+
+
+def test_fractions_have_an_interval_and_no_mcnemar_test():
+    a, b = outcomes(0.2, 0.5, 0.9), outcomes(0.3, 0.5, 0.8)
+    [found] = guardrails.compare_tasks([a], [b])
+    assert found["mcnemar_p"] is None
+    assert found["difference_points"] == pytest.approx(0)
+
+
+def test_models_that_were_asked_other_items_are_not_compared():
+    message = refusal(guardrails.compare_tasks, [outcomes(1, 0)], [outcomes(1)])
+    assert message == "gsm8k: the two models were not asked the same items."

@@ -6,6 +6,7 @@ TINY = {
     "data.n_samples": 64,
     "data.n_validation": 16,
     "train.num_train_epochs": 1,
+    "eval.benchmarks": ["ifeval"],
     "eval.limit": 12,
     "eval.max_new_tokens": 24,
 }

@@ -97,6 +97,18 @@ def test_metrics_hold_every_model_and_format_and_their_run(whole):
         assert len(row["by_type"]) == 25
 
 
+def test_ifbench_stands_beside_ifeval_in_files_of_its_own(whole):
+    out, printed = whole
+    found = read(out / "04_ifeval_eval" / "ifeval.json")["benchmarks"]["ifbench"]
+    assert 39 <= found["n"] <= 40 and 0.2 < found["trivial"] < 0.5
+    assert {row["role"] for row in found["comparisons"]} == {"other"}
+    for folder in ("responses", "scores"):
+        names = {path.stem for path in (out / "04_ifeval_eval" / folder).iterdir()}
+        rows = {f"{name}-{form}" for name in ("base", "SFT") for form in ("raw", "chat")}
+        assert names == rows | {f"ifbench-{row}" for row in rows}
+    assert "IFBench; the response 'x' passes" in printed
+
+
 def test_every_notebook_shows_its_label_and_its_finding(whole):
     out, printed = whole
     assert LABEL in printed
