@@ -68,7 +68,7 @@ def run_notebooks(args: argparse.Namespace) -> None:
             run_stage(stage, config, out, parameters, args.force)
         if metrics := current_metrics(config, out):
             print(metrics_table(metrics))
-            print(other_tables(out))
+            print(other_tables(out), end="")
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
@@ -156,7 +156,7 @@ def other_tables(out: Path) -> str:
     for other in measured["benchmarks"].values():
         parts.append(f"\n{other['title']}; the response 'x' passes {other['trivial']:.3f}")
         parts.append(metrics_table([row | measured["origin"] for row in other["metrics"]]))
-    return "\n".join(parts)
+    return "".join(f"{part}\n" for part in parts)
 
 
 def sentence_of(error: Exception, out: Path) -> str:
