@@ -240,7 +240,7 @@ def primary_verdict(out: Path) -> str:
 def other_tables(out: Path) -> str:
     """A table for each benchmark beside IFEval, for a terminal."""
     measured, parts = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json"), []
-    for other in measured["benchmarks"].values():
+    for other in measured.get("benchmarks", {}).values():
         parts.append(f"\n{other['title']}; the response 'x' passes {other['trivial']:.3f}")
         parts.append(metrics_table([row | measured["origin"] for row in other["metrics"]]))
     return "\n".join(parts)

