@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from atlas_lib import devices, session, sources, stages
@@ -113,6 +112,8 @@ def stage(
     `inputs` are the folders of the stages it read. `work` are figures for its ledger, which also
     records memory and minutes: since this process began or the last input was made, if later.
     """
+    import psutil
+
     made = [(path / MANIFEST).stat().st_mtime for path in inputs]
     begun = max([psutil.Process().create_time(), *made])
     folder = out / name

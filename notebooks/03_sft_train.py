@@ -281,15 +281,17 @@ assert math.isclose(by_trainer, by_hand, rel_tol=tolerance), "the loss is of oth
 # prompts are answered at five moments. Edit the prompts to see others.
 
 # %%
-from functools import partial
-
-from atlas_lib.train import learning
-
 prompts = [
     "Write a short note on kayaking. Do not use any commas.",
     "Tell me about sculpture. Wrap your whole answer in double quotation marks.",
     "Is jazz guitar hard to learn? Answer with one of: My answer is yes. My answer is no.",
 ]
+
+# %%
+from functools import partial
+
+from atlas_lib.train import learning
+
 respond = partial(
     decoding.generate,
     tokenizer=tokenizer,

@@ -65,7 +65,7 @@ class Task:
     def __init__(self, folder: Path, dry: bool):
         self.folder, self.dry, self.sizes = folder, dry, DRY if dry else Sizes()
         model = {"model.base": str(folder / "model"), "model.base_revision": None}
-        rows = {"train.max_length": self.sizes.tokens, "train.assistant_only_loss": False}
+        rows = {"train.max_length": self.sizes.tokens}
         rows |= {"train.gradient_accumulation_steps": self.sizes.accumulation}
         given = model | rows | {"run.require_gpu": False, "train.report_to": "none"}
         self.config = load_config("sft_qwen05b", "", given)
@@ -255,6 +255,7 @@ def train_steps(task: Task, recomputing: bool, steps: int, seconds: float) -> di
     base = task.load(device.dtype, in_4bit=True)
     per_step = task.batch()[0] * task.sizes.accumulation
     changes = {"max_steps": steps, "activation_checkpointing": recomputing}
+    changes["assistant_only_loss"] = False  # the rows have labels
     changes |= {"output_dir": str(task.folder / "trainer"), "save_strategy": "no"}
     trainer = train.measured_trainer(
         base, task.tokenizer, task.config, device, random_rows(task, steps * per_step), changes

@@ -33,27 +33,30 @@ def render_responses(
     for index, prompt in enumerate(prompts):
         passed = {row: verdicts[row][index]["prompt_strict"] for row in responses}
         outcome = ("neither", "lost", "won", "both")[passed[a] + 2 * passed[b]]
-        groups[outcome].append(
-            {
-                "key": prompt["key"],
-                "prompt": notebooks.printable(prompt["prompt"]),
-                "types": prompt["instruction_id_list"],
-                "demands": described(prompt),
-                "responses": [
-                    {
-                        "model": " ".join(row),
-                        "text": notebooks.printable(given[index]["response"][:limit]),
-                        "cut": len(given[index]["response"]) - limit,
-                        "tokens": given[index]["n_tokens"],
-                        "stop": given[index]["stop"] or "the length limit",
-                        "passed": passed[row],
-                        "followed": verdicts[row][index]["strict"],
-                    }
-                    for row, given in responses.items()
-                ],
-            }
-        )
+        answered = {row: (given[index], verdicts[row][index]) for row, given in responses.items()}
+        groups[outcome].append(_shown(prompt, answered, limit))
     template = jinja2.Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     types = sorted({name for prompt in prompts for name in prompt["instruction_id_list"]})
     models = [" ".join(row) for row in responses]
     return template.render(groups=groups, types=types, models=models, primary=primary, label=label)
+
+
+def _shown(prompt: dict, answered: dict[tuple[str, str], tuple[dict, dict]], limit: int) -> dict:
+    """One prompt as the template reads it; `answered`: (response, verdict) of each model."""
+    return {
+        "prompt": notebooks.printable(prompt["prompt"]),
+        "types": prompt["instruction_id_list"],
+        "demands": described(prompt),
+        "responses": [
+            {
+                "model": " ".join(row),
+                "text": notebooks.printable(response["response"][:limit]),
+                "cut": len(response["response"]) - limit,
+                "tokens": response["n_tokens"],
+                "stop": response["stop"] or "the length limit",
+                "passed": verdict["prompt_strict"],
+                "followed": verdict["strict"],
+            }
+            for row, (response, verdict) in answered.items()
+        ],
+    }

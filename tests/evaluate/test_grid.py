@@ -132,8 +132,8 @@ def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch)
 
 def test_a_prompt_longer_than_the_context_is_named(config, adapter, tmp_path):
     prompts = [{"key": key, "prompt": "tea " * words} for key, words in ((3, 9), (8, 4000))]
-    collect = grid.collector("base", config, CPU, adapter, prompts, tmp_path)
-    message = refusal(collect, "raw")
+    collect = grid.collector("base", config, CPU, adapter, {"ifeval": prompts}, tmp_path)
+    message = refusal(collect, "ifeval", "raw")
     assert "The prompts with the keys [8] do not fit the model's context of" in message
     assert "remove them from eval.prompts" in message
 
