@@ -12,7 +12,7 @@ from atlas_lib import devices, models, progress
 from atlas_lib.evaluate.slot_cache import SlotDecoder
 
 PREFILL_TOKENS = 4096  # bounds the activation memory of prompts that are prefilled together
-MAX_SLOTS = {"cpu": 48}  # beyond it a step takes longer in proportion to its rows
+MAX_SLOTS = {"cpu": 48}  # beyond it a CPU's step takes longer in proportion to its rows
 
 
 def encode_prompt(tokenizer: Any, prompt: str, prompt_format: str) -> list[int]:

@@ -1,14 +1,14 @@
 """A KV cache whose rows come and go, and the decoder that gives each row its next token.
 
 A step touches the weights and every row's keys and values once. On a GPU its shape is one of a few,
-so that a CUDA graph can replay it: launching its kernels one by one takes longer than their work.
+so that a CUDA graph can replay it instead of launching hundreds of kernels one by one.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-FIXED_SHAPES = ("cuda",)  # devices where steps have few shapes; elsewhere they have the exact one
+FIXED_SHAPES = ("cuda",)  # elsewhere a step has the exact shape: a CPU pays for what is unused
 FEWEST = 16  # the memory-efficient kernel pads masks of other widths
 
 
@@ -30,7 +30,7 @@ def packed_attention(
     """sdpa for one new token a row, without repeating the keys for the query heads that share them.
 
     The heads of a group take the place of query tokens, [rows, key heads, group, d]: each attends
-    to its group's keys with the mask of its row. transformers packs from 5.17 on.
+    to its group's keys with the mask of its row. transformers 5.23 packs, too; 5.16 does not.
     """
     import torch
 
@@ -188,7 +188,7 @@ class SlotDecoder:
                 return expected
             reason = "the first tokens of one differ"
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).partition("\n")[0]
         print(f"decoding without CUDA graphs, which is slower: {reason}", flush=True)
         self.graphed = False
         self.graphs.clear()

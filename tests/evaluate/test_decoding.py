@@ -203,6 +203,17 @@ def test_slots_are_what_memory_holds(loaded, monkeypatch):
     assert decoding.fitting_slots(base, 1008) == 1
 
 
+def test_a_t4_holds_all_prompts_of_ifeval(monkeypatch):
+    """At Qwen2.5-0.5B's shape, with 13.4 of its 14.6 GiB free; a CPU takes 48."""
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896}
+    shape = SimpleNamespace(num_hidden_layers=24, **heads)
+    model = SimpleNamespace(config=shape, dtype=torch.float16, device=torch.device("cuda"))
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 13.4 * 2**30)
+    assert decoding.fitting_slots(model, 1280) >= 541
+    model.device = torch.device("cpu")
+    assert decoding.fitting_slots(model, 1280) == 48
+
+
 def test_chat_prompts_open_a_turn_and_the_response_is_cut_at_the_first_stop(loaded):
     _, tokenizer = loaded
     text = tokenizer.decode(decoding.encode_prompt(tokenizer, "Hi", "chat"))

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atlas_lib import compat
 from atlas_lib.evaluate import decoding, slot_cache
+from benchmarks.eval import traced_steps
 
 CAP = 50
 SHAPE = {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 56}
@@ -112,7 +113,11 @@ def test_a_model_that_waits_for_a_result_is_decoded_without_graphs(
     model, prompts, expected, fixed, monkeypatch, capsys
 ):
     made = cuda_graphs.emulate(monkeypatch)
-    hook = model.register_forward_hook(lambda module, args, output: float(output[0].sum()) and None)
+
+    def wait(module, args, output):
+        output[0].sum().item()
+
+    hook = model.register_forward_hook(wait)
     assert decoded(model, prompts, 5) == expected
     hook.remove()
     assert len(made) == 1 and made[0].replays == 0
@@ -124,7 +129,7 @@ class AttentionCalls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.largest = [], 0
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -157,3 +162,19 @@ def test_a_step_reads_the_cache_itself_in_every_precision(
     for query, key, value in calls.seen:
         assert query.shape[1:] == (2, 7, 4) and query.is_contiguous()
         assert key.shape[1] == value.shape[1] == 2 and key.stride(-1) == value.stride(-1) == 1
+
+
+def test_a_traced_step_at_the_true_shape_touches_keys_and_values_once():
+    """24 layers, two key heads of 64, float16; keys repeated for seven heads are the comparison."""
+    packed, repeated = ({run["slots"]: run for run in half} for half in halves(traced_steps()))
+    for slots, run in packed.items():
+        kept = 24 * 2 * 2 * slots * run["window"] * 64 * 2
+        touched = run["by_operation"]["scaled_dot_product_attention"]
+        assert kept < touched < 1.02 * kept
+        assert "reshape" not in run["by_operation"]  # it would be a copy
+        assert repeated[slots]["by_operation"]["reshape"] > 7 * kept
+        assert repeated[slots]["bytes"] > 6 * run["bytes"]
+
+
+def halves(rows):
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
