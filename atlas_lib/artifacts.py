@@ -74,6 +74,7 @@ def read_jsonl(path: Path) -> list[dict]:
 def made_from(stage: str, config: Config) -> dict[str, Any]:
     """What determines the result of a stage: config keys and the content of local sources."""
     begins = stages.decided_by(stage)
+    begins += ("eval.prompts",) if config.data.exclude_overlap else ()
     values = {
         key: value
         for key, value in config.flat().items()

@@ -117,14 +117,17 @@ def conversation_problem(messages: Any) -> str | None:
     return None if role == "assistant" else "the last turn is not an assistant turn"
 
 
-def write_subset(folder: Path, train: "Dataset", validation: "Dataset", config: Config) -> None:
-    """train.jsonl, val.jsonl and card.json into `folder`."""
+def write_subset(
+    folder: Path, train: "Dataset", validation: "Dataset", config: Config, excluded: Sequence = ()
+) -> None:
+    """train.jsonl, val.jsonl and card.json into `folder`; the card lists the rows left out."""
     for split, rows in (("train", train), ("validation", validation)):
         artifacts.write_jsonl(folder / SPLIT_FILES[split], rows)
     card = {
         "dataset": config.data.dataset,
         "revision": config.data.revision,
         "label": config.label,
+        "excluded_for_overlap": sorted(excluded),
         "train": describe(train["messages"]),
         "validation": describe(validation["messages"]),
     }
@@ -146,6 +149,8 @@ def describe(conversations: Sequence[Messages]) -> dict[str, Any]:
 
 def prepare_subset(config: Config, out: Path) -> Path:
     """Stage 01 without a notebook: load, check and write the subset. Returns its folder."""
+    if config.data.exclude_overlap:
+        raise ValueError("data.exclude_overlap is applied by notebook 01_data_prep; run it first.")
     train, validation = load_subset(config)
     with artifacts.stage(stages.DATA_PREP, config, out) as folder:
         write_subset(folder, train, validation, config)

@@ -89,6 +89,7 @@ class Data(Section):
     n_samples: PositiveInt
     n_validation: PositiveInt
     shuffle_seed: Seed
+    exclude_overlap: bool
 
 
 class Audit(Section):

@@ -22,7 +22,8 @@
 # them to files, so that every later notebook reads exactly the same rows.
 #
 # **What you will see:** one conversation as it is stored, the subset in numbers, the lengths of its
-# responses, and a check that validation data is not also training data.
+# responses, and checks that neither validation data nor a prompt of the evaluation is also training
+# data.
 #
 # **Input:** a dataset of conversations (from the hub, a local `.jsonl`, or the offline overlay's).
 # **Output:** `01_data_prep/train.jsonl`, `val.jsonl`, `card.json` and a manifest with their hashes.
@@ -58,6 +59,7 @@ bootstrap.ensure()
 from IPython.display import Markdown
 
 from atlas_lib import artifacts, data, notebooks, stages
+from atlas_lib.evaluate import overlap
 
 config, out = notebooks.start("01_data_prep", CONFIG, OVERLAY, OUT, SET)
 headline = notebooks.headline()
@@ -134,13 +136,44 @@ notebooks.show_figure(figure, alt, config.label)
 # %%
 texts = [{str(chat) for chat in split["messages"]} for split in (train, validation)]
 repeated = texts[0] & texts[1]
+near = overlap.near_duplicates(train["messages"], validation["messages"])
 print(f"{len(repeated)} conversations are in both splits")
+print(
+    f"{len({pair['validation'] for pair in near})} of {len(validation):,} validation conversations "
+    f"share at least {overlap.NEAR:.0%} of their {overlap.N}-grams with one for training"
+)
 assert len(repeated) <= 0.01 * len(validation), "validation repeats the training data"
 
 # %% [markdown]
 # A few may repeat by chance in a large dataset. If more than one in a hundred did, the validation
-# loss would be too optimistic.
+# loss would be too optimistic. A 13-gram is a run of 13 words, in any case and punctuation;
+# near-duplicates are reported and kept.
 #
+# ## Overlap with the evaluation's prompts
+#
+# If the training data held a test prompt, the score would measure memory. The user turns are
+# therefore compared with the prompts of notebook 04 and with the dev prompts that choose the point
+# of a sweep: *exact* means the same words, *13-gram* any 13 words in a row in common.
+
+# %%
+prompts = overlap.evaluation_texts(config)
+overlaps = {name: overlap.prompt_overlaps(train["messages"], prompts[name]) for name in prompts}
+overlap.overlap_table(overlaps, prompts)
+
+# %% [markdown]
+# The `rows` and `prompts` columns count conversations and prompts that overlap at least once. A
+# 13-gram need not be a leak: the wording of an instruction ("your entire response should be in
+# English and in all lowercase letters") is one as well, and the offline overlay's training turns
+# and prompts share such wording by design, with other topics. The published recipe keeps all rows;
+# `data.exclude_overlap` drops those that overlap with `eval.prompts`.
+
+# %%
+dropped = {pair["row"] for pair in overlaps.get(config.eval.prompts, [])}
+excluded = dropped if config.data.exclude_overlap else set()
+train = train.select([row for row in range(len(train)) if row not in excluded])
+print(f"{len(excluded)} conversations are left out, {len(train):,} remain")
+
+# %% [markdown]
 # ## Write the files
 #
 # The manifest is written last and contains the hash of every file. A later notebook that finds it
@@ -148,14 +181,15 @@ assert len(repeated) <= 0.01 * len(validation), "validation repeats the training
 
 # %%
 with artifacts.stage(stages.DATA_PREP, config, out) as folder:
-    data.write_subset(folder, train, validation, config)
+    data.write_subset(folder, train, validation, config, excluded)
 
 rows = {split: len(data.read_subset(folder, split)) for split in data.SPLIT_FILES}
-assert rows == {"train": config.data.n_samples, "validation": config.data.n_validation}
+expected = config.data.n_samples - len(excluded)
+assert rows == {"train": expected, "validation": config.data.n_validation}
 headline.update(
     Markdown(
         f"**{rows['train']:,} conversations for training, {rows['validation']:,} for validation, "
-        f"{len(repeated)} in both.**"
+        f"{len(repeated)} in both, {len(excluded)} left out for overlap.**"
     )
 )
 

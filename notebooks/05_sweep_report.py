@@ -20,8 +20,8 @@
 #
 # Two precautions keep the answer honest. Every point is trained with several **seeds**, which shows
 # how much a score varies when only chance changes. And every point is evaluated on **dev prompts**,
-# none of which is a test prompt: the score of the best of many points on the prompts that chose it
-# is biased upwards.
+# which have the test prompts' instruction types but none of their texts: the score of the best of
+# many points on the prompts that chose it is biased upwards.
 #
 # **What you will see:** every point with its noise; which differences are significant; the losses;
 # the effect of each parameter; the winning configuration; the cost.

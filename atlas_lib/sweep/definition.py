@@ -161,6 +161,8 @@ def _other_problems(sweep: Sweep) -> Iterator[str]:
         yield f"seeds lists a seed twice: {sweep.seeds}; list each seed once."
     for key in {SEED_KEY, "eval.prompts", *FIXED} & {*sweep.space, *sweep.set, *sweep.multiples}:
         yield f"{key} is set by the sweep itself; leave it out."
+    if "data.exclude_overlap" in sweep.space or _config(sweep, {}).data.exclude_overlap:
+        yield "data.exclude_overlap would drop other rows for dev than for test prompts; unset it."
     if sweep.sampler == "tpe" and sweep.budget.trials is None:
         yield "budget.trials is not set; a tpe sweep needs a number of trials."
     if sweep.prompts.endswith(".jsonl") and not sources.locate(sweep.prompts):

@@ -27,12 +27,10 @@ from sweep_studies import (
 )
 
 from atlas_lib.config import CONFIGS, load_config
-from atlas_lib.evaluate import ifeval_files
 from atlas_lib.sweep import analysis, definition
-from tools import dev_prompts, sweep, sweep_study, sweep_trial, sweep_worker
+from tools import sweep, sweep_study, sweep_trial, sweep_worker
 
 ROOT = Path(__file__).resolve().parents[2]
-OFFICIAL_PROMPTS = ROOT.parent / "shared" / "data" / "ifeval_input_data.jsonl"
 COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
 ONE_POINT = {"space": {"lora.r": [4]}, "set": {"train.learning_rate": 1e-3}}
 SLOW = {"space": {"lora.r": [4]}, "set": {"label": '{"sleep": 3}', "train.learning_rate": 1e-3}}
@@ -199,26 +197,6 @@ def test_a_smaller_budget_tries_a_part_and_a_larger_one_the_rest():
     )
     assert definition.planned(few) == definition.planned(all_)[:3]
     assert len(definition.planned(all_)) == 4
-
-
-# --- the dev prompts ------------------------------------------------------------------------------
-
-
-def test_the_dev_prompts_are_the_ones_that_their_script_writes():
-    rows = [json.loads(line) for line in dev_prompts.PATH.read_text("utf-8").splitlines()]
-    assert rows == dev_prompts.dev_prompts()
-
-
-def test_the_dev_prompts_are_usable_and_all_different():
-    prompts = ifeval_files.load_prompts(str(dev_prompts.PATH), None)
-    assert len({p["prompt"] for p in prompts}) == len(prompts) >= 100
-
-
-def test_no_dev_prompt_is_a_test_prompt():
-    if not OFFICIAL_PROMPTS.is_file():
-        pytest.skip(f"NOT TESTED: IFEval's own prompts are not at {OFFICIAL_PROMPTS}")
-    official = {p["prompt"].strip() for p in ifeval_files.load_prompts(str(OFFICIAL_PROMPTS), None)}
-    assert not official & {p["prompt"].strip() for p in dev_prompts.dev_prompts()}
 
 
 # --- studies --------------------------------------------------------------------------------------
