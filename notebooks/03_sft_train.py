@@ -340,8 +340,8 @@ notebooks.show_figure(figure, f"Curve of the training loss. {finding}; {ending}.
 #
 # ## When is the stop learned?
 #
-# The pretrained model has never seen the end of a turn in this format. Its loss on the stop token
-# is high at first and falls within a few steps, long before the content changes much.
+# A pretrained model continues text and rarely ends a turn. The first measurement, before any step,
+# shows what it knew already; from there, compare how fast the loss of each kind falls.
 
 # %%
 watched = [entry for entry in trainer.state.log_history if "loss_stop" in entry]

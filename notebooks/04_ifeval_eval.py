@@ -221,6 +221,22 @@ if not config.model.instruct:
 tables.score_table(metrics)
 
 # %% [markdown]
+# Decoding is greedy, and in float32 a response does not depend on what else is in its batch. In half
+# precision it may: rounding differs with the shape of the batch, and two tokens can be a tie. Some
+# responses are therefore generated again in smaller batches.
+
+# %%
+noise = None
+if device.dtype != "float32" and ("SFT", "chat") in responses:
+    noise = grid.decoding_noise(config, device, adapter, prompts, responses["SFT", "chat"])
+    print(
+        f"of {noise['repeated']} responses, {noise['responses_changed']} changed in smaller batches"
+    )
+    print(f"and {noise['verdicts_changed']} verdicts with them")
+else:
+    print("float32: no response depends on its batch (the tests compare them)")
+
+# %% [markdown]
 # The prompt-level intervals are Wilson's. The instruction-level intervals are a bootstrap over
 # prompts, because the instructions of one prompt share one response and are not independent.
 # Compare columns of the same format first. The difference between raw and chat within a model is
@@ -403,7 +419,7 @@ origin |= {"adapter": config.model.adapter, "adapter_base": config.model.adapter
 results = {"metrics": metrics, "comparisons": compared, "taught_types": on_taught}
 results |= {"parts": parts, "sensitivity": sensitivity, "published": published}
 results |= {"guardrails": guarded, "guardrails_paired": guarded_pairs}
-results |= {"benchmarks": others, "origin": origin}
+results |= {"benchmarks": others, "decoding_noise": noise, "origin": origin}
 
 # %%
 inputs = [trained] if trained else []

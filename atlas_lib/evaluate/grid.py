@@ -15,11 +15,12 @@ from typing import Any
 from atlas_lib import artifacts, bootstrap, devices, models, sources
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.devices import Device
-from atlas_lib.evaluate import adapter_check, benchmarks, decoding, responses
+from atlas_lib.evaluate import adapter_check, benchmarks, checkers, decoding, responses
 from atlas_lib.schema import Config
 
 ROLES = {"base": "base", "SFT": "base", "Instruct": "instruct"}  # the key of model: with weights
 STORE = "responses"  # the folder of OUT in which responses are kept as they finish
+REPEATED, REPEATED_SLOTS = 40, 5  # responses, rows of a batch, to measure the noise of decoding
 
 
 def model_names(config: Config) -> list[str]:
@@ -130,6 +131,33 @@ def check_context(model: Any, tokenizer: Any, prompts: list[dict], prompt_format
             f"The prompts with the keys {too_long} do not fit the model's context of {context:,} "
             f"tokens ({prompt_format}); remove them from eval.prompts, or use another model."
         )
+
+
+def decoding_noise(
+    config: Config,
+    device: Device,
+    adapter: str | Path,
+    prompts: list[dict],
+    given: list[dict],
+) -> dict[str, int]:
+    """Generate some of SFT's chat responses again, with REPEATED_SLOTS: how many changed.
+
+    In half precision the shape of a batch rounds differently, and a near tie between two tokens may
+    fall the other way; in float32 no response changes.
+    """
+    chosen = prompts[:REPEATED]
+    texts, cap = [prompt["prompt"] for prompt in chosen], config.eval.max_new_tokens
+    model, tokenizer = load_model("SFT", config, device, adapter), models.load_tokenizer(config)
+    again = decoding.generate(model, tokenizer, texts, "chat", cap, REPEATED_SLOTS)
+    pairs = [
+        checkers.score(chosen, [each["response"] for each in some])
+        for some in (given[:REPEATED], again)
+    ]
+    return {
+        "repeated": len(chosen),
+        "responses_changed": sum(a != b for a, b in zip(given, again, strict=False)),
+        "verdicts_changed": sum(a != b for a, b in zip(*pairs, strict=True)),
+    }
 
 
 def file_name(benchmark: str, name: str, prompt_format: str) -> str:
