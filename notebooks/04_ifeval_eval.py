@@ -221,7 +221,7 @@ if not config.model.instruct:
 tables.score_table(metrics)
 
 # %% [markdown]
-# Decoding is greedy, and in float32 a response does not depend on what else is in its batch. In half
+# Decoding is greedy, and in float32 a response does not depend on the rest of its batch. In half
 # precision it may: rounding differs with the shape of the batch, and two tokens can be a tie. Some
 # responses are therefore generated again in smaller batches.
 
@@ -229,9 +229,7 @@ tables.score_table(metrics)
 noise = None
 if device.dtype != "float32" and ("SFT", "chat") in responses:
     noise = grid.decoding_noise(config, device, adapter, prompts, responses["SFT", "chat"])
-    print(
-        f"of {noise['repeated']} responses, {noise['responses_changed']} changed in smaller batches"
-    )
+    print(f"of {noise['repeated']} responses, {noise['responses_changed']} changed,")
     print(f"and {noise['verdicts_changed']} verdicts with them")
 else:
     print("float32: no response depends on its batch (the tests compare them)")

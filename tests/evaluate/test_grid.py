@@ -130,6 +130,18 @@ def test_what_is_on_disk_needs_no_model(config, generated, adapter, monkeypatch)
     assert generate_all(config, adapter, out) == found
 
 
+def test_in_float32_no_response_depends_on_the_batch_and_a_change_is_counted(
+    config, generated, adapter
+):
+    prompts = benchmarks.evaluation_prompts(config)["ifeval"]
+    given = generated[0]["SFT", "chat"]
+    found = grid.decoding_noise(config, CPU, adapter, prompts, given)
+    assert list(found.values()) == [len(prompts), 0, 0]
+    planted = [given[0] | {"response": ""}, *given[1:]]
+    found = grid.decoding_noise(config, CPU, adapter, prompts, planted)
+    assert found["responses_changed"] == 1
+
+
 def test_a_prompt_longer_than_the_context_is_named(config, adapter, tmp_path):
     prompts = [{"key": key, "prompt": "tea " * words} for key, words in ((3, 9), (8, 4000))]
     collect = grid.collector("base", config, CPU, adapter, {"ifeval": prompts}, tmp_path)

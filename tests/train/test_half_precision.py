@@ -92,6 +92,9 @@ def test_float16_responses_are_evaluated(whole):
         path.read_text("utf-8").splitlines()[0] for path in (out / "responses").glob("*.jsonl")
     ]
     assert {json.loads(line)["made_from"]["precision"] for line in origins} == {"cpu float16"}
+    noise = read(out / EVAL / "ifeval.json")["decoding_noise"]
+    assert noise["repeated"] == TINY["eval.limit"]
+    assert noise["verdicts_changed"] <= noise["responses_changed"] <= noise["repeated"]
     ledger = read(out / EVAL / "manifest.json")["ledger"]
     assert ledger["tokens"] == sum(row["n"] * row["mean_length"] for row in metrics)
     assert {*ledger} == {
