@@ -408,7 +408,7 @@ if not others:
 # ## Write the results
 #
 # `metrics.json` holds one object per model and format on IFEval, each with the origin of its run.
-# Other benchmarks are in `ifeval.json`, under `benchmarks`.
+# Other benchmarks are in `ifeval.json`, under `benchmarks`. `report.md` is a page about the run.
 
 # %%
 origin = {"digest": artifacts.config_digest(config), "commit": session.commit()}
@@ -432,6 +432,11 @@ with artifacts.stage("04_ifeval_eval", config, out, inputs, **work) as folder:
     artifacts.write_lines(folder / "responses.html", [page])
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
+
+# %%
+from atlas_lib.evaluate import report_card
+
+report_card.write_report(out / "report.md", out, config, results)
 
 # %% [markdown]
 # What each stage took: minutes of its last session, and the most memory of its process and GPU.

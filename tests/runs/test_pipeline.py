@@ -89,6 +89,7 @@ def test_the_fall_on_what_was_not_taught_is_reported(whole):
 
 def test_metrics_hold_every_model_and_format_and_their_run(whole):
     metrics = read(whole[0] / "metrics.json")
+    assert "| SFT | chat | 121 |" in (whole[0] / "report.md").read_text("utf-8")
     grid = {(row["model"], row["format"]) for row in metrics}
     assert grid == {(name, form) for name in ("base", "SFT") for form in ("raw", "chat")}
     for row in metrics:

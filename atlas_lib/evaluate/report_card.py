@@ -1,0 +1,50 @@
+"""One page about a run, from its recipe to its cost and to what was not run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from atlas_lib import artifacts, stages
+from atlas_lib.evaluate import tables
+from atlas_lib.schema import Config
+
+CARD = Path(__file__).with_suffix(".md.jinja")
+
+
+def write_report(path: Path, out: Path, config: Config, results: dict[str, Any]) -> None:
+    """Write the page in Markdown; `results` as in ifeval.json. Stages not in `out` are left out."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    template = environment.from_string(CARD.read_text("utf-8"))
+    text = template.render(
+        config=config,
+        results=results,
+        primary=results["comparisons"][0],
+        verdict=tables.verdict_line(results["comparisons"][0]),
+        audit=_summary(out / stages.TEMPLATE_AUDIT),
+        training=_summary(out / stages.SFT_TRAIN),
+        ledger=_ledgers(out),
+        not_run=list(_not_run(config)),
+    )
+    artifacts.write_lines(path, [text.rstrip("\n")])
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    return artifacts.read_json(path) if path.is_file() else {}
+
+
+def _ledgers(out: Path) -> dict[str, dict[str, float | None]]:
+    folders = [out / name for name in stages.STAGES if (out / name / artifacts.MANIFEST).is_file()]
+    return {folder.name: artifacts.read_manifest(folder)["ledger"] for folder in folders}
+
+
+def _not_run(config: Config) -> Iterator[str]:
+    if not config.model.instruct:
+        yield "the vendor's Instruct model (model.instruct is not set)"
+    if not config.eval.guardrails:
+        yield "MMLU, GSM8K and TruthfulQA (eval.guardrails is off)"
+    if "ifbench" not in config.eval.benchmarks:
+        yield "IFBench (eval.benchmarks)"
+    yield "other training seeds (`python -m tools.run --seeds`)"
