@@ -36,7 +36,7 @@ FULL = 1_000_000  # bytes: a disk with less left is full
 SEEDS = "seeds.json"
 # In the OUT of a run, as patterns of file names.
 DECIDED_BY_SEED = (f"{SFT_TRAIN}*", f"{IFEVAL_EVAL}*", "SFT-*", "metrics.json", "wandb", ".lock*")
-LISTED = (SEEDS, "metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
+LISTED = (SEEDS, "report.md", "metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
 
 
 def main() -> None:
