@@ -35,8 +35,12 @@ CONTINUES = "the same command continues at the unfinished stage."
 FULL = 1_000_000  # bytes: a disk with less left is full
 SEEDS = "seeds.json"
 # In the OUT of a run, as patterns of file names.
-DECIDED_BY_SEED = (f"{SFT_TRAIN}*", f"{IFEVAL_EVAL}*", "SFT-*", "metrics.json", "wandb", ".lock*")
-LISTED = (SEEDS, "report.md", "metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit")
+DECIDED_BY_SEED = (
+    f"{SFT_TRAIN}*", f"{IFEVAL_EVAL}*", "SFT-*", "metrics.json", "report.md", "wandb", ".lock*",
+)  # fmt: skip
+LISTED = (
+    SEEDS, "report.md", "metrics.json", "notebooks", "03_sft_train/adapter", "02_template_audit",
+)  # fmt: skip
 
 
 def main() -> None:
