@@ -300,7 +300,8 @@ respond = partial(
     max_new_tokens=80,
     slots=len(prompts),
 )
-trainer.add_callback(learning.KindLosses(trainer.eval_dataset, respond))
+stop_id = tokenizer.eos_token_id
+trainer.add_callback(learning.KindLosses(trainer.eval_dataset, stop_id, respond))
 
 # %% tags=["train"]
 with checkpoints.listening():
@@ -344,14 +345,15 @@ notebooks.show_figure(figure, f"Curve of the training loss. {finding}; {ending}.
 # shows what it knew already; from there, compare how fast the loss of each kind falls.
 
 # %%
-watched = [entry for entry in trainer.state.log_history if "loss_stop" in entry]
+watched = [entry for entry in trainer.state.log_history if "loss_first" in entry]
+kinds = [kind for kind in learning.KINDS if f"loss_{kind}" in watched[0]]
 figure_kinds, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-for kind, color in zip(learning.KINDS, ("#8c8c8c", "#4c72b0", "#c44e52"), strict=True):
+for kind, color in zip(kinds, ("#8c8c8c", "#4c72b0", "#c44e52"), strict=False):
     losses = [entry[f"loss_{kind}"] for entry in watched]
     axes.plot([entry["step"] for entry in watched], losses, color=color, label=kind)
 axes.set(xlabel="step", ylabel="loss on validation rows")
 ends = [f"{kind} {watched[0][f'loss_{kind}']:.2f} to {watched[-1][f'loss_{kind}']:.2f}"
-        for kind in learning.KINDS]  # fmt: skip
+        for kind in kinds]  # fmt: skip
 axes.set_title(f"Loss by kind of token: {', '.join(ends)}", fontsize=10)
 axes.legend(frameon=False)
 notebooks.show_figure(figure_kinds, f"Losses by kind of token: {', '.join(ends)}.", config.label)

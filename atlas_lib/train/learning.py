@@ -10,14 +10,14 @@ ROWS, TIMES, MOMENTS = 8, 20, 5  # validation rows; measurements in a training; 
 CONTENT = 64  # content tokens of a row, evenly spaced: the logits of all would fill a T4
 
 
-def kinds_of(labels: Sequence[int]) -> dict[str, list[int]]:
+def kinds_of(labels: Sequence[int], stop_id: int) -> dict[str, list[int]]:
     """{kind: positions of its tokens} in a row of labels; a response that is cut has no stop."""
     found: dict[str, list[int]] = {kind: [] for kind in KINDS}
     trained = [label != -100 for label in labels]
     edges = zip([False, *trained], [*trained, False], strict=True)
     changes = [place for place, (before, now) in enumerate(edges) if before != now]
     for start, end in zip(changes[::2], changes[1::2], strict=True):
-        whole = end < len(labels)
+        whole = labels[end - 1] == stop_id
         found["first"].append(start)
         found["content"] += range(start + 1, end - whole)
         found["stop"] += [end - 1] * (whole and end - 1 > start)
@@ -33,9 +33,9 @@ class KindLosses(TrainerCallback):
     log is part of a checkpoint, so a resumed training goes on with it.
     """
 
-    def __init__(self, rows: Iterable[dict], respond: Callable[[Any], list[dict]]):
+    def __init__(self, rows: Iterable[dict], stop_id: int, respond: Callable[[Any], list[dict]]):
         self.rows = [row for row, _ in zip(rows, range(ROWS), strict=False)]
-        self.kinds = [kinds_of(row["labels"]) for row in self.rows]
+        self.kinds = [kinds_of(row["labels"], stop_id) for row in self.rows]
         self.respond = respond
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

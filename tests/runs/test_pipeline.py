@@ -145,7 +145,7 @@ def test_a_second_run_reuses_all_stages(whole):
 
 
 # What a stage prints while it works.
-MIDDLE = ["digest", "digest", "the trainer's labels", "generating (raw)"]
+MIDDLE = ["digest", "digest", "the labels in the batches", "generating (raw)"]
 
 
 def test_a_run_killed_in_any_stage_continues_when_repeated(tmp_path):
@@ -192,7 +192,7 @@ def test_of_two_runs_in_one_out_one_ends_and_the_other_names_it(seconds, tmp_pat
 def test_ctrl_c_ends_the_run_and_its_notebook_with_a_sentence(tmp_path):
     run = start_tiny(tmp_path)
     for line in run.stdout:
-        if "the trainer's labels" in line:
+        if "the labels in the batches" in line:
             break
     children = psutil.Process(run.pid).children(recursive=True)
     assert children
