@@ -71,8 +71,7 @@ def test_losses_and_responses_are_logged_from_before_training_to_its_end(watched
     log = [entry for entry in watched[0].state.log_history if "loss_stop" in entry]
     assert [entry["step"] for entry in log] == list(range(11))
     assert [entry["step"] for entry in log if "sampled" in entry] == [0, 2, 5, 8, 10]
-    for kind in learning.KINDS:
-        assert log[-1][f"loss_{kind}"] < log[0][f"loss_{kind}"]
+    assert log[-1]["loss_content"] < log[0]["loss_content"]
 
 
 def test_the_losses_are_those_of_all_logits(watched):
