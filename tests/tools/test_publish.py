@@ -166,7 +166,7 @@ FAULTS = {
     "no alternative text": (
         in_notebook(remove_alternative_text), "has a figure without alternative text",
     ),
-    "two megabytes": (in_outputs("stream", text="x" * 2_000_000), "at most 1,000,000 go in"),
+    "four megabytes": (in_outputs("stream", text="x" * 4_000_000), "at most 3,000,000 go in"),
     "a secret": (
         in_outputs("stream", text="hf_" + "AbCdEfGhIj" * 4), "what looks like a key or token",
     ),
