@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         ("run", run, "start or resume a sweep, evaluate the winner, write the report"),
         ("work", work, "be one worker of an existing study"),
         ("status", print_status, "print how far a study is"),
-        ("report", write_report, "write the report of what is finished"),
+        ("report", write_sweep_report, "write the report of what is finished"),
     ):
         sub = commands.add_parser(name, help=purpose, allow_abbrev=False)
         sub.set_defaults(command=command)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         raise RuntimeError(f"{failed} workers failed, their last lines say why; {RESUME}")
     if "04_ifeval_eval" in sweep.stages:
         evaluate_once(opened)
-    write_report(args)
+    write_sweep_report(args)
 
 
 def supervise(args: argparse.Namespace, workers: int) -> int:
@@ -160,7 +160,7 @@ def print_status(args: argparse.Namespace) -> None:
     print(f"{exported['device_hours']:.2f} device hours")
 
 
-def write_report(args: argparse.Namespace) -> None:
+def write_sweep_report(args: argparse.Namespace) -> None:
     """Export the study to a file and execute notebook 05 on it."""
     opened = open_study(args)
     sweep, home = opened.sweep, opened.home
