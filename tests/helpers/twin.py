@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
+
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "requirements-kaggle.txt"
 SITE = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
@@ -83,13 +85,15 @@ def image() -> Path:
     """The base environment, in build/venvs by the hash of its list."""
     text = IMAGE.read_bytes() + sys.version.encode()
     home = ROOT / "build" / "venvs" / hashlib.sha256(text).hexdigest()[:12]
-    if not home.is_dir():
-        part = home.with_name(f"{home.name}.part")  # a half-made one is not taken for a whole one
-        shutil.rmtree(part, ignore_errors=True)
-        run(sys.executable, "-m", "venv", part)
-        pip = ["nice", part / "bin/python", "-m", "pip", "install", "-q", "-r", IMAGE]
-        run(*pip, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
-        part.rename(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(home.with_suffix(".lock")):  # two test processes may need it at once
+        if not home.is_dir():
+            part = home.with_name(f"{home.name}.part")  # a half-made one is not taken for a whole
+            shutil.rmtree(part, ignore_errors=True)
+            run(sys.executable, "-m", "venv", part)
+            pip = ["nice", part / "bin/python", "-m", "pip", "install", "-q", "-r", IMAGE]
+            run(*pip, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+            part.rename(home)
     return home
 
 

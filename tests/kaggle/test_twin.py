@@ -90,7 +90,7 @@ def test_each_kernel_reads_what_is_attached_and_keeps_its_notebook(chain):
 def test_the_output_holds_the_stage_and_its_notebook_and_nothing_else(chain):
     for stage, folder in chain.items():
         expected = {stage, "notebooks", "__notebook__.ipynb"}
-        expected |= {"responses", "metrics.json"} if stage == FOURTH else set()
+        expected |= {"responses", "metrics.json", "report.md"} if stage == FOURTH else set()
         assert {path.name for path in (folder / "working").iterdir()} == expected
         weights = {path.parent.name for path in (folder / "working").rglob("*.safetensors")}
         assert weights == ({"adapter"} if stage == THIRD else set())
