@@ -140,6 +140,12 @@ def stage(
     write_json(folder / MANIFEST, manifest)
 
 
+def read_ledgers(out: Path) -> dict[str, dict[str, float | None]]:
+    """{stage: what it took} of the finished stages in `out`; {} for one without a ledger."""
+    folders = [path.parent for path in sorted(out.glob(f"*/{MANIFEST}"))]
+    return {folder.name: read_manifest(folder).get("ledger", {}) for folder in folders}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`. Raises ValueError if it is damaged or of another version."""
     manifest = None

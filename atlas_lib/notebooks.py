@@ -63,9 +63,8 @@ def ledger(out: Path) -> "DataFrame":
     """What each stage in `out` took, from its manifest: a column per stage; "-" if not known."""
     import pandas as pd
 
-    folders = [path.parent for path in sorted(out.glob(f"*/{artifacts.MANIFEST}"))]
-    taken = {folder.name: artifacts.read_manifest(folder).get("ledger", {}) for folder in folders}
-    return pd.DataFrame(taken).map(lambda x: "-" if pd.isna(x) else f"{x:,.{0 if x > 99 else 2}f}")
+    taken = pd.DataFrame(artifacts.read_ledgers(out))
+    return taken.map(lambda x: "-" if pd.isna(x) else f"{x:,.{0 if x > 99 else 2}f}")
 
 
 def printable(text: str) -> str:

@@ -83,7 +83,7 @@ def run_notebooks(args: argparse.Namespace) -> None:
         if args.seeds:
             run_seeds(args, each, out)
         elif metrics := run_in(args, overrides, out):
-            print(metrics_table(metrics), primary_verdict(out), other_tables(out), sep="\n")
+            print(metrics_table(metrics), after_the_table(out), sep="\n")
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
 
 
@@ -232,18 +232,12 @@ def current_metrics(config: Config, out: Path) -> list[dict]:
     return rows
 
 
-def primary_verdict(out: Path) -> str:
-    """The verdict of stage 04 on the primary comparison."""
+def after_the_table(out: Path) -> str:
+    """The verdict of stage 04 on the primary comparison, and a table for each other benchmark."""
     from atlas_lib.evaluate import tables
 
-    return tables.verdict_line(
-        artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json")["comparisons"][0]
-    )
-
-
-def other_tables(out: Path) -> str:
-    """A table for each benchmark beside IFEval, for a terminal."""
-    measured, parts = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json"), []
+    measured = artifacts.read_json(out / IFEVAL_EVAL / "ifeval.json")
+    parts = [tables.verdict_line(measured["comparisons"][0])]
     for other in measured.get("benchmarks", {}).values():
         parts.append(f"\n{other['title']}; the response 'x' passes {other['trivial']:.3f}")
         parts.append(metrics_table([row | measured["origin"] for row in other["metrics"]]))

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,18 +90,25 @@ def _false_if_too_deep(check: Callable[[Any, str], bool]) -> Callable[[Any, str]
     return check_following
 
 
-def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
-    """{"strict": [...], "loose": [...]}, one bool per instruction of `prompt`."""
-    checkers, found, state = lm_eval_checkers(), {}, random.getstate()
-    case = checkers.InputExample(**{name: prompt[name] for name in PROMPT_FIELDS})
+@contextlib.contextmanager
+def seeded(key: int | str) -> Iterator[None]:
+    """A block in which checkers draw at random the same for every run, mode and response."""
+    state = random.getstate()
+    random.seed(str(key))
     try:
-        for mode in MODES:
-            # lm-eval draws a letter where '#' or '!' is asked for: the same in every run and mode
-            random.seed(str(prompt["key"]))
-            check = getattr(checkers, f"test_instruction_following_{mode}")
-            found[mode] = check(case, response).follow_instruction_list
+        yield
     finally:
         random.setstate(state)
+
+
+def followed(prompt: dict, response: str) -> dict[str, list[bool]]:
+    """{"strict": [...], "loose": [...]}, one bool per instruction of `prompt`."""
+    checkers, found = lm_eval_checkers(), {}
+    case = checkers.InputExample(**{name: prompt[name] for name in PROMPT_FIELDS})
+    for mode in MODES:
+        check = getattr(checkers, f"test_instruction_following_{mode}")
+        with seeded(prompt["key"]):  # lm-eval draws a letter where '#' or '!' is asked for
+            found[mode] = check(case, response).follow_instruction_list
     return found
 
 
@@ -122,15 +129,12 @@ def score(
 def described(prompt: dict) -> list[str]:
     """What each instruction of `prompt` demands, in the words of its checker."""
     registry = lm_eval_checkers().instructions_registry.INSTRUCTION_DICT
-    state, found = random.getstate(), []
-    random.seed(str(prompt["key"]))  # as in `followed`
-    try:
+    found = []
+    with seeded(prompt["key"]):
         for name, given in zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True):
             instruction = registry[name](name)
             text = instruction.build_description(**{k: v for k, v in given.items() if v})
             if "prompt" in (instruction.get_instruction_args() or {}):
                 text = instruction.build_description(prompt=prompt["prompt"])
             found.append(text)
-    finally:
-        random.setstate(state)
     return found

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import difflib
 import functools
-import random
 import shutil
 import subprocess
 import sys
@@ -144,22 +143,17 @@ def unavailable() -> dict[str, str]:
 def followed_ifbench(prompt: dict, response: str) -> dict[str, list[bool]]:
     """{"strict": [...], "loose": [...]}, one bool per instruction of `prompt`."""
     pairs = list(zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True))
-    state = random.getstate()
-    try:
-        return {
-            mode: [_follows(prompt, name, given, response, mode) for name, given in pairs]
-            for mode in checkers.MODES
-        }
-    finally:
-        random.setstate(state)
+    return {
+        mode: [_follows(prompt, name, given, response, mode) for name, given in pairs]
+        for mode in checkers.MODES
+    }
 
 
 def _follows(prompt: dict, name: str, given: dict, response: str, mode: str) -> bool:
     """Whether one instruction is followed; not if its checker fails on the response."""
     lib, text = ifbench_checkers(), prompt["prompt"]
     case = lib.InputExample(prompt["key"], [name], text, [dict(given)])
-    random.seed(str(prompt["key"]))
-    with _without_downloads(), contextlib.suppress(*FAILURES):
+    with checkers.seeded(prompt["key"]), _without_downloads(), contextlib.suppress(*FAILURES):
         check = getattr(lib, f"test_instruction_following_{mode}")
         return bool(check(case, {text: response}).follow_all_instructions)
     return False

@@ -20,11 +20,10 @@ def write_report(path: Path, out: Path, config: Config, results: dict[str, Any])
     text = template.render(
         config=config,
         results=results,
-        primary=results["comparisons"][0],
         verdict=tables.verdict_line(results["comparisons"][0]),
         audit=_summary(out / stages.TEMPLATE_AUDIT),
         training=_summary(out / stages.SFT_TRAIN),
-        ledger=_ledgers(out),
+        ledger=artifacts.read_ledgers(out),
         not_run=list(_not_run(config)),
     )
     artifacts.write_lines(path, [text.rstrip("\n")])
@@ -33,11 +32,6 @@ def write_report(path: Path, out: Path, config: Config, results: dict[str, Any])
 def _summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     return artifacts.read_json(path) if path.is_file() else {}
-
-
-def _ledgers(out: Path) -> dict[str, dict[str, float | None]]:
-    folders = [out / name for name in stages.STAGES if (out / name / artifacts.MANIFEST).is_file()]
-    return {folder.name: artifacts.read_manifest(folder)["ledger"] for folder in folders}
 
 
 def _not_run(config: Config) -> Iterator[str]:

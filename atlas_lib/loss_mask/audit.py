@@ -46,9 +46,7 @@ def audit_rows(
             f"Responses end with {chat_template.ending.stop!r}, but the tokenizer's eos token is "
             f"{tokenizer.eos_token!r}, at which decoding stops: set model.eos_token."
         )
-    auditor = Auditor(tokenizer, chat_template, config)
-    if split == "validation":
-        auditor.known_lengths = {}  # of training rows
+    auditor = Auditor(tokenizer, chat_template, config, split)
     return (record for record, _, _ in auditor.judge(conversations))
 
 
@@ -56,7 +54,11 @@ class Auditor:
     """What the rows of one audit share, and how one of them is judged."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, config: Config
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: ChatTemplate,
+        config: Config,
+        split: str = "train",
     ):
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.tokenizer, self.template, self.config = tokenizer, chat_template, config
@@ -66,7 +68,8 @@ class Auditor:
         self.limit = config.train.max_length or sys.maxsize  # None: TRL truncates nothing
         self.special = chat_template.special
         self.special_ids = set(tokenizer.convert_tokens_to_ids(special))
-        self.known_lengths = {row["idx"]: row["n_tokens"] for row in data.known_rows(config)}
+        known = data.known_rows(config) if split == "train" else []
+        self.known_lengths = {row["idx"]: row["n_tokens"] for row in known}
         self.decode = cache(tokenizer.decode)
 
     def judge(
@@ -302,7 +305,7 @@ def count_training_rows(records: Iterable[dict]) -> int:
 
 def read_records(folder: Path) -> list[dict]:
     """The audit's row of every conversation."""
-    return list(artifacts.read_jsonl(folder / AUDIT_ROWS))
+    return artifacts.read_jsonl(folder / AUDIT_ROWS)
 
 
 def check_batches(batches: Iterable[dict], records: Iterable[dict]) -> int:

@@ -28,13 +28,14 @@ def render_page(auditor: Auditor, conversations: Iterable, name: str) -> str:
     left, judged = PAGE_BYTES - len(template.render(blocks=[], name=name).encode()), 0
     for record, rows, opinions in auditor.judge(conversations):
         judged += 1
+        failed = record["verdict"] == "failed"
+        if not failed and sum(map(len, blocks[False])) >= left:
+            continue
         panels = [
             _panels(row, {"learned": row.mask, **auditor.references(row, opinion)}, auditor)
             for row, opinion in zip(rows, opinions, strict=True)
         ]
-        block = template.module.block(record, panels)
-        if record["verdict"] == "failed" or sum(map(len, blocks[False])) < left:
-            blocks[record["verdict"] == "failed"].append(block)
+        blocks[failed].append(template.module.block(record, panels))
     shown = []
     for block in (*blocks[True], *blocks[False]):
         left -= len(block.encode())

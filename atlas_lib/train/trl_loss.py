@@ -1,5 +1,6 @@
 """TRL's loss, fitted to the device."""
 
+import heapq
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def compare_losses(trainer: "SFTTrainer") -> tuple[float, float]:
     """
     import torch
 
-    shortest = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))[:2]
+    shortest = heapq.nsmallest(2, trainer.train_dataset, key=lambda row: len(row["input_ids"]))
     model = trainer.model.eval()
     batch = {key: t.to(model.device) for key, t in trainer.data_collator(shortest).items()}
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -177,7 +177,7 @@ def test_the_primary_verdict_follows_the_table(tmp_path):
     row |= {"difference_points": 10.0, "difference_ci95": [3.0, 17.0]}
     path = tmp_path / stages.IFEVAL_EVAL / "ifeval.json"
     artifacts.write_json(path, {"comparisons": [row, row | {"comparison": "raw"}]})
-    assert run.primary_verdict(tmp_path) == (
+    assert run.after_the_table(tmp_path) == (
         "SFT chat against base chat: better, but small. +10.00 points (+3.00 to +17.00) of "
         "prompt-level strict accuracy on 100 prompts, 12 won, 2 lost, p = 0.013. The test is about "
         "this one adapter; another seed gives another."
