@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from atlas_lib import template
+from atlas_lib.loss_mask.markers import trl_markers
 from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.turns import (
     NEXT,
@@ -36,7 +36,6 @@ MARKER = re.compile(
     r"<(?!/?(?:think|tool))[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|\[\|[a-z]+\|\]|\[e~\[|\]~b\]"
 )
 PER_TURN = "one row per turn"
-OWN_MARKERS = "its own markers"
 GOOD = ("exact", PER_TURN)  # statuses of templates that can be trained, best first
 SWITCHES = {  # variables that may make a template exact
     "enable_thinking": (False, True),
@@ -104,8 +103,8 @@ def survey_template(text: str) -> dict[str, Any]:
     try:
         judge = Judge(ChatTemplate(StandIn(text)))
     except ValueError as error:
-        markers = trl_markers(text)
-        trl = {"template": markers[0]} if markers else None
+        name, _ = trl_markers(text)
+        trl = {"template": name} if name else None
         return {"status": "refused", "reason": str(error).splitlines()[0][:200], "trl": trl}
     shapes = judge.shapes()
     verdicts = {kind: list(judge.verdicts(kind, CHATS[kind], shapes[kind])) for kind in shapes}
@@ -209,12 +208,13 @@ class Judge:
 
     def by_trl(self, rows: Sequence[Row]) -> dict[str, Any] | None:
         """What TRL trains beyond the responses of whole conversations; None if it refuses."""
-        if not (markers := trl_markers(self.template.text)):
+        name, markers = trl_markers(self.template.text)
+        if not markers:
             return None
         counts = Counter(rows_compared=0, rows_with_another_text=0, responses=0)
         beyond, missing = Counter(), Counter()
         for row in rows:
-            text, spans = self.template.render_marked(row, markers[1])
+            text, spans = self.template.render_marked(row, markers)
             if text != row.text:
                 counts["rows_with_another_text"] += 1
                 continue
@@ -223,16 +223,7 @@ class Judge:
             beyond.update(pieces(text, trained - wanted))
             missing.update(pieces(text, wanted - trained))
         shown = {"beyond": dict(beyond.most_common(5)), "missing": dict(missing.most_common(5))}
-        return {"template": markers[0], **counts, **shown}
-
-
-def trl_markers(text: str) -> tuple[str, str] | None:
-    """Name and text of the template with markers that TRL trains with; None if it refuses."""
-    if "generation" in re.findall(r"\{%-?\s*(\w+)\s*-?%\}", text):
-        return OWN_MARKERS, text
-    training = template.trl_training_template(text)
-    names = (name for name, each in template.trl_templates().items() if each == training)
-    return (next(names), training) if training else None
+        return {"template": name, **counts, **shown}
 
 
 def characters(spans: Iterable[Span]) -> set[int]:

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas_lib import template
 from atlas_lib.loss_mask import labelling
+from atlas_lib.loss_mask.markers import trl_markers
 from atlas_lib.loss_mask.sentinels import judged
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
 from tools import npm_tokenizers
-from tools.judge_template import Judge, StandIn, Verdict, trl_markers
+from tools.judge_template import Judge, StandIn, Verdict
 
 CONVERSATIONS = 500  # of each family, shared equally by the kinds that its template renders
 OWN = "its own"
@@ -96,7 +97,7 @@ def add_markers(tokenizer: PreTrainedTokenizerBase, text: str, rstrip: bool) -> 
 
 def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     chat_template, counts = ChatTemplate(tokenizer), Counts()
-    judge, markers = Judge(chat_template), trl_markers(chat_template.text)
+    judge, (_, markers) = Judge(chat_template), trl_markers(chat_template.text)
     shapes = judge.shapes()
     for number, (kind, shape) in enumerate(shapes.items()):
         count = (CONVERSATIONS + number) // len(shapes)
@@ -105,7 +106,7 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             if verdict.rows:
                 compare(verdict, chat_template, counts)
             if markers and len(verdict.rows) == 1:
-                compare_with_trl(verdict, chat_template, markers[1], counts)
+                compare_with_trl(verdict, chat_template, markers, counts)
     return {
         "kinds": list(shapes),
         "stop": chat_template.ending.stop,
@@ -121,7 +122,7 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> None:
     """Count the tokens of a conversation's rows, and those that the two methods disagree on."""
     tokenizer = chat_template.tokenizer
-    rows = tokenise(tokenizer, chat_template, verdict.rows)
+    rows = tokenise(chat_template, verdict.rows)
     for row, opinion in zip(rows, verdict.opinions, strict=True):
         by_prefixes = row.prefixes()
         counts.tokens.update(
@@ -160,8 +161,7 @@ def compare_with_trl(
     verdict: Verdict, chat_template: ChatTemplate, markers: str, counts: Counts
 ) -> None:
     """Count the tokens that TRL's markers train beyond the responses of a whole conversation."""
-    tokenizer = chat_template.tokenizer
-    [row] = tokenise(tokenizer, chat_template, verdict.rows)
+    [row] = tokenise(chat_template, verdict.rows)
     text, spans = chat_template.render_marked(row.row, markers)
     if text != row.row.text:
         counts.trl["rows_with_another_text"] += 1
@@ -174,4 +174,4 @@ def compare_with_trl(
         tokens_beyond=len(beyond),
         tokens_missing=int((wanted & ~trained).sum()),
     )
-    counts.beyond.update(tokenizer.decode(row.ids[at]) for at in beyond)
+    counts.beyond.update(chat_template.tokenizer.decode(row.ids[at]) for at in beyond)

@@ -81,7 +81,7 @@ def audit_file(args: argparse.Namespace) -> int:
         if not re.search(rf"\b{re.escape(name)}\b", chat_template.text):
             raise ValueError(f"The chat template has no variable {name!r}; check --set.")
     conversations = read_conversations(args.data)
-    auditor = audit.Auditor(tokenizer, chat_template, config)
+    auditor = audit.Auditor(chat_template, config)
     found = report.examine(auditor, conversations, generation_stops(args.tokenizer, tokenizer))
     if args.labels:
         found.findings += report.judge_labels(auditor, conversations, read_labels(args.labels))

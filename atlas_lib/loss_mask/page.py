@@ -52,7 +52,7 @@ def _panels(row: TokenRow, masks: dict[str, np.ndarray], auditor: Auditor) -> li
     """
     ends = [0, *np.maximum.accumulate(row.offsets[:, 1]).tolist()]
     tokens = [notebooks.printable(row.row.text[start:end]) for start, end in pairwise(ends)]
-    if not auditor.marked:
+    if not auditor.template.marked:
         del masks["prefixes"]  # the rows are trained from them
     masks |= {"TRL's template": auditor.trl_mask(row)} if auditor.trl_template else {}
     names: dict[bytes, list[str]] = {}

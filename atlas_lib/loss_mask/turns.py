@@ -94,6 +94,11 @@ class ChatTemplate:
         self.call_ending = self._probe_call_ending()
         self._tokens_of: dict[str, list[int]] = {}
 
+    @property
+    def marked(self) -> bool:
+        """Whether the tokenizer has another template now: this one with markers."""
+        return self.tokenizer.chat_template != self.text
+
     def render(
         self, chats: Sequence[Chat], prompt: bool = False, tools: list[dict] | None = None
     ) -> list[str]:
