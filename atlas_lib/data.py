@@ -11,18 +11,21 @@ SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
 def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
-    """Rows by index: of a local file of JSON Lines, or of a split of a local folder or hub dataset.
+    """Rows by index: of a .jsonl or .parquet file, or of a split of a local folder or hub dataset.
 
     Raises ValueError that names the source, and for a file the line.
     """
     import datasets
+    import pyarrow.parquet
 
-    path, cache = Path(place), None
+    path, kind, cache = Path(place), Path(place).suffix.lower(), None
     if path.is_dir():  # `datasets` caches a folder with a card by its name, not by its content
         cache = f"{datasets.config.HF_DATASETS_CACHE}/{sources.content_digest(path)}"
-    elif path.is_file() or path.suffix.lower() in sources.FILE_TYPES:
+    elif kind != ".parquet" and (path.is_file() or kind in sources.FILE_TYPES):
         return artifacts.read_jsonl(path)  # an error of `datasets` would not name the line
     try:
+        if path.is_file():
+            return pyarrow.parquet.read_table(path).to_pylist()
         if not path.is_dir() and (files := _split_files(place, revision, split)):
             return datasets.Dataset.from_parquet(files)
         return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)

@@ -43,7 +43,7 @@ _EDITS = (
         r"\1{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}",
     ),
 )
-MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def trl_templates() -> dict[str, str]:
@@ -74,7 +74,7 @@ def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise ValueError("The tokenizer has no chat template; set model.chat_template: qwen2_5.")
-    if MARKER.search(template):
+    if GENERATION.search(template):
         return False
     for sought, pattern, replacement in _EDITS:
         template, count = re.subn(pattern, replacement, template)

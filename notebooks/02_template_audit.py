@@ -131,7 +131,7 @@ assert text == before, "the patch changed the rendered text"
 
 # %%
 print("decoding stops at", tokenizer.eos_token, "· padding is", tokenizer.pad_token)
-print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer, config), "tokens")
+print("vocabulary of tokenizer and weights:", audit.check_vocabulary(tokenizer, config), "tokens")
 
 # %% [markdown]
 # ## One conversation in colour
@@ -193,7 +193,8 @@ pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_shar
 
 # %%
 auditor = audit.Auditor(chat_template, config)
-notebooks.show_page(page.render_page(auditor, conversations[:50], config.label), "Audited rows")
+judged = list(auditor.judge(conversations[:50]))
+notebooks.show_page(page.render_page(auditor, judged, config.label), "Audited rows")
 
 # %% [markdown]
 # `rows_failed` counts the conversations in which the masks differ anywhere, or that fail another

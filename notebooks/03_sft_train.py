@@ -126,7 +126,7 @@ print(f"this run: {n_rows:,} rows, {rows_per_step} per step -> {steps} steps")
 
 # %%
 tokenizer = models.load_tokenizer(config)
-models.check_vocabulary(tokenizer, config)
+audit.check_vocabulary(tokenizer, config)
 chat_template = ChatTemplate(tokenizer)
 print(markers.choose_supervision(tokenizer))
 print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")

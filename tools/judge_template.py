@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib.loss_mask.markers import trl_markers
+from atlas_lib.loss_mask.report import switches
 from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, missing
 from atlas_lib.loss_mask.turns import (
     NEXT,
@@ -37,14 +38,6 @@ MARKER = re.compile(
 )
 PER_TURN = "one row per turn"
 GOOD = ("exact", PER_TURN)  # statuses of templates that can be trained, best first
-SWITCHES = {  # variables that may make a template exact
-    "enable_thinking": (False, True),
-    "thinking": (False, True),
-    "preserve_thinking": (True,),
-    "clear_thinking": (False,),
-    "truncate_history_thinking": (False,),
-    "is_training": (True,),
-}
 CHATS = {"plain": 15, "tools": 8, "reasoning": 8}  # conversations of each kind
 QUESTION = {"role": "user", "content": USER}
 
@@ -130,12 +123,10 @@ def survey_template(text: str) -> dict[str, Any]:
 
 def best_switch(text: str, status: str) -> dict[str, str] | None:
     """The variable that makes a template exact or, if it was not, trainable."""
-    pairs = ((name, value) for name, values in SWITCHES.items() for value in values)
-    for name, value in pairs:
-        if re.search(rf"\b{name}\b", text):
-            better = status_with(text, {name: value})
-            if better in GOOD and better != status:
-                return {"variable": f"{name}={str(value).lower()}", "status": better}
+    for name, value in switches(text):
+        better = status_with(text, {name: value})
+        if better in GOOD and better != status:
+            return {"variable": f"{name}={str(value).lower()}", "status": better}
     return None
 
 

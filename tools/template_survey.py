@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lib import artifacts, session
-from atlas_lib.loss_mask.markers import OWN
+from atlas_lib.loss_mask.markers import OWN_MARKERS
 from atlas_lib.loss_mask.turns import STATUS
 from tools import pinned_file, token_survey
 from tools.judge_template import CHATS, PER_TURN, STAND_IN, survey_template
@@ -127,7 +127,7 @@ def training_template(record: dict[str, Any]) -> str:
     if not record["trl"]:
         return "ValueError"
     name = record["trl"]["template"]
-    return f"trained by {OWN}" if name == OWN else "replaced by a training template"
+    return f"trained by {OWN_MARKERS}" if name == OWN_MARKERS else "replaced by a training template"
 
 
 def count_by(records: Sequence[dict], keys: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from atlas_lib import artifacts, data, models, stages
 from atlas_lib.data_prep import subset
@@ -20,6 +21,7 @@ from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
 
+Judged = tuple[dict, list[TokenRow], list[Opinion | None]]  # of one conversation
 AUDIT_ROWS = "sft_template_audit.jsonl"
 PER_ROW = ("n_tokens", "n_supervised", "n_supervised_by_trl", "straddling", "training_rows")
 COUNTED = (
@@ -63,9 +65,7 @@ class Auditor:
         self.known_lengths = {row["idx"]: row["n_tokens"] for row in known}
         self.decode = cache(tokenizer.decode)
 
-    def judge(
-        self, conversations: Iterable[Chat | dict]
-    ) -> Iterator[tuple[dict, list[TokenRow], list[Opinion | None]]]:
+    def judge(self, conversations: Iterable[Chat | dict]) -> Iterator[Judged]:
         """The audit's row of each conversation, its training rows and the sentinels' opinions.
 
         A conversation is a list of messages, or a dict with `messages` and `tools`.
@@ -74,7 +74,7 @@ class Auditor:
         while batch := list(islice(numbered, 64)):
             yield from self._batch([(idx, *with_tools(given)) for idx, given in batch])
 
-    def _batch(self, batch: list[tuple[int, Chat, list[dict] | None]]) -> Iterator[tuple]:
+    def _batch(self, batch: list[tuple[int, Chat, list[dict] | None]]) -> Iterator[Judged]:
         found = [(idx, chat, *self.training_rows(idx, chat, tools)) for idx, chat, tools in batch]
         tokens = tokenise(self.template, [row for *_, rows, _ in found for row in rows])
         for idx, chat, turns, rows, problem in found:
@@ -256,11 +256,25 @@ def _counts_of(row: dict) -> dict[str, int]:
     }
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
+    """The size of the vocabulary that the tokenizer shares with the base model's own tokenizer.
+
+    Raises ValueError where the two differ: an id must mean the same token to the weights.
+    """
+    own = models.tokenizer_of(config.model.base, config.model.base_revision, config)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The vocabulary of {config.model.tokenizer} is not that of {config.model.base}: ids "
+            "would mean other tokens to the weights. Name a tokenizer of the same family."
+        )
+    return len(tokenizer)
+
+
 def run_audit(config: Config, out: Path) -> Path:
     """Stage 02 without a notebook: audit the whole subset. Returns its folder."""
     source = artifacts.require(stages.DATA_PREP, config, out, subset.prepare_subset)
     tokenizer = models.load_tokenizer(config)
-    models.check_vocabulary(tokenizer, config)
+    check_vocabulary(tokenizer, config)
     chat_template = ChatTemplate(tokenizer)
     markers.choose_supervision(tokenizer)
     with artifacts.stage(stages.TEMPLATE_AUDIT, config, out, [source]) as folder:

@@ -4,13 +4,13 @@ from typing import Any
 
 from atlas_lib import template
 
-OWN = "its own markers"
+OWN_MARKERS = "its own markers"
 
 
 def trl_markers(text: str) -> tuple[str | None, str | None]:
     """Name and text of the template from whose markers TRL trains; (None, None) if it refuses."""
-    if template.MARKER.search(text):
-        return OWN, text
+    if template.GENERATION.search(text):
+        return OWN_MARKERS, text
     shipped = template.trl_templates()
     names = (f"{name}_training" for name, each in shipped.items() if each == text)
     name = next((name for name in names if name in shipped), None)

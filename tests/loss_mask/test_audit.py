@@ -327,7 +327,7 @@ def test_a_template_that_nobody_ships_is_refused_with_the_nearest():
 def test_another_vocabulary_is_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     config = offline({"model.base": str(tmp_path / "base")})
-    assert models.check_vocabulary(tokenizer, config) == len(tokenizer)
+    assert audit.check_vocabulary(tokenizer, config) == len(tokenizer)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="ids would mean other tokens"):
-        models.check_vocabulary(tokenizer, config)
+        audit.check_vocabulary(tokenizer, config)
