@@ -144,14 +144,9 @@ class Judge:
 
     def __init__(self, chat_template: ChatTemplate):
         self.template, self.sentinels = chat_template, Sentinels(chat_template)
-        self.shows_system = self.shows([{"role": "system", "content": NEXT}, QUESTION], NEXT)
-
-    def shows(self, chat: list[dict], shown: str = "", tools: list[dict] | None = None) -> bool:
-        """Whether the template renders `chat`, and `shown` in it."""
-        try:
-            return shown in self.template.render([chat], tools=tools)[0]
-        except RENDERING_ERRORS:
-            return False
+        self.shows_system = self.template.shows(
+            [{"role": "system", "content": NEXT}, QUESTION], NEXT
+        )
 
     def lead(self) -> str | None:
         """What every response begins with before its content; None if its prompt is not known."""
@@ -161,13 +156,15 @@ class Judge:
         return turn.answered[len(turn.prompt) :].split(RESPONSE)[0]
 
     def shows_reasoning(self, field: str) -> bool:
-        return self.shows([QUESTION, answer(RESPONSE, NEXT, field)], NEXT)
+        return self.template.shows([QUESTION, answer(RESPONSE, NEXT, field)], NEXT)
 
     def shapes(self) -> dict[str, Shape]:
         """The kinds of conversations that the template renders."""
         found = {"plain": Shape(self.shows_system)}
         calls = ((given, call(RESPONSE, given)) for given in ARGUMENTS)
-        shown = (given for given, each in calls if self.shows([QUESTION, each], RESPONSE, TOOLS))
+        shown = (
+            given for given, each in calls if self.template.shows([QUESTION, each], RESPONSE, TOOLS)
+        )
         if given := next(shown, None):
             found["tools"] = Shape(self.shows_system, arguments=given)
         fields = filter(self.shows_reasoning, FIELDS)

@@ -11,9 +11,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas_lib import template
-from atlas_lib.loss_mask import labelling
-from atlas_lib.loss_mask.markers import trl_markers
-from atlas_lib.loss_mask.sentinels import judged
+from atlas_lib.config import load_config
+from atlas_lib.loss_mask.audit import Auditor
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
 from tools import npm_tokenizers
@@ -97,16 +96,15 @@ def add_markers(tokenizer: PreTrainedTokenizerBase, text: str, rstrip: bool) -> 
 
 def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     chat_template, counts = ChatTemplate(tokenizer), Counts()
-    judge, (_, markers) = Judge(chat_template), trl_markers(chat_template.text)
+    auditor = Auditor(chat_template, load_config("sft_qwen05b"), "survey")
+    judge = Judge(chat_template)
     shapes = judge.shapes()
     for number, (kind, shape) in enumerate(shapes.items()):
         count = (CONVERSATIONS + number) // len(shapes)
         for verdict in judge.verdicts(kind, count, shape):
             counts.statuses[verdict.status] += 1
-            if verdict.rows:
-                compare(verdict, chat_template, counts)
-            if markers and len(verdict.rows) == 1:
-                compare_with_trl(verdict, chat_template, markers, counts)
+            compare(verdict, auditor, counts)
+    trl = {**counts.trl, "beyond": dict(counts.beyond.most_common(5))}
     return {
         "kinds": list(shapes),
         "stop": chat_template.ending.stop,
@@ -115,35 +113,31 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "statuses": dict(counts.statuses),
         **{name: counts.tokens[name] for name in COUNTED},
         "differences": counts.differences[:5],
-        "trl": {**counts.trl, "beyond": dict(counts.beyond.most_common(5))} if markers else None,
+        "trl": trl if auditor.trl_template else None,
     }
 
 
-def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> None:
-    """Count the tokens of a conversation's rows, and those that the two methods disagree on."""
-    tokenizer = chat_template.tokenizer
-    rows = tokenise(chat_template, verdict.rows)
+def compare(verdict: Verdict, auditor: Auditor, counts: Counts) -> None:
+    """Count the tokens of a conversation's rows, and those that two methods disagree on."""
+    rows = tokenise(auditor.template, verdict.rows)
     for row, opinion in zip(rows, verdict.opinions, strict=True):
-        by_prefixes = row.prefixes()
+        by_prefixes, masks = row.prefixes(), auditor.references(row, opinion)
         counts.tokens.update(
             rows=1,
             responses=len(row.ranges),
             tokens=len(row.ids),
             supervised=int(by_prefixes.sum()),
             straddling=row.straddling(),
-            other_prompts=other_prompts(row, tokenizer),
-            judged_by_both=int(judged(row.row, opinion)),
+            other_prompts=other_prompts(row, auditor.template.tokenizer),
+            judged_by_both=int("sentinels" in masks),
         )
-        if judged(row.row, opinion):
-            added = np.isin(row.ids, chat_template.added_ids)
-            spans = opinion.spans.values()
-            wrong = np.flatnonzero(
-                labelling.mask_of_spans(spans, row.offsets, added) != by_prefixes
-            )
-            if wrong.size:
-                counts.tokens["rows_that_differ"] += 1
-                tokens = [tokenizer.decode(row.ids[at]) for at in wrong]
-                counts.differences.append({"text": row.row.text[-300:], "tokens": tokens[:8]})
+        wrong = np.flatnonzero(masks.get("sentinels", by_prefixes) != by_prefixes)
+        if wrong.size:
+            counts.tokens["rows_that_differ"] += 1
+            tokens = [auditor.decode(row.ids[at]) for at in wrong]
+            counts.differences.append({"text": row.row.text[-300:], "tokens": tokens[:8]})
+        if auditor.trl_template and len(verdict.rows) == 1:
+            compare_with_trl(row, auditor, counts)
 
 
 def other_prompts(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -157,16 +151,12 @@ def other_prompts(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> int:
     return wrong
 
 
-def compare_with_trl(
-    verdict: Verdict, chat_template: ChatTemplate, markers: str, counts: Counts
-) -> None:
+def compare_with_trl(row: TokenRow, auditor: Auditor, counts: Counts) -> None:
     """Count the tokens that TRL's markers train beyond the responses of a whole conversation."""
-    [row] = tokenise(chat_template, verdict.rows)
-    text, spans = chat_template.render_marked(row.row, markers)
-    if text != row.row.text:
+    trained, wanted = auditor.trl_mask(row), row.prefixes()
+    if not trained.any():
         counts.trl["rows_with_another_text"] += 1
         return
-    trained, wanted = labelling.mask_of_spans(spans, row.offsets), row.prefixes()
     beyond = np.flatnonzero(trained & ~wanted)
     counts.trl.update(
         rows=1,
@@ -174,4 +164,4 @@ def compare_with_trl(
         tokens_beyond=len(beyond),
         tokens_missing=int((wanted & ~trained).sum()),
     )
-    counts.beyond.update(chat_template.tokenizer.decode(row.ids[at]) for at in beyond)
+    counts.beyond.update(auditor.decode(row.ids[at]) for at in beyond)

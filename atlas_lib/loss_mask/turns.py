@@ -182,7 +182,7 @@ class ChatTemplate:
             prompts = self.render([chat[:i] for i in where], True, tools)
             answered = self.render([chat[: i + 1] for i in where], tools=tools)
         except RENDERING_ERRORS as error:
-            starts = (i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            starts = (i for i in range(len(chat)) if not self.shows(chat[: i + 1], tools=tools))
             refused = next(starts, len(chat) - 1)
             raise ValueError(
                 f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
@@ -193,9 +193,10 @@ class ChatTemplate:
             for i, prompt, reply in triples
         ]
 
-    def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
+    def shows(self, chat: Chat, text: str = "", tools: list[dict] | None = None) -> bool:
+        """Whether the template renders `chat`, and `text` in it."""
         try:
-            return bool(self.render([chat], tools=tools))
+            return text in self.render([chat], tools=tools)[0]
         except RENDERING_ERRORS:
             return False
 
