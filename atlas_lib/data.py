@@ -1,4 +1,4 @@
-"""Rows of files and datasets, and the training subset as the stages read it."""
+"""Rows of a file, a local folder or a dataset of the hub."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from atlas_lib import artifacts, sources
 
 Messages = list[dict[str, str]]
-SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
 def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
@@ -47,8 +46,3 @@ def _split_files(place: str, revision: str | None, split: str) -> list[str]:
     except errors.LocalEntryNotFoundError:  # without a hub, `datasets` may have it in its own cache
         return []
     return sorted(map(str, Path(folder).glob(pattern)))
-
-
-def read_subset(folder: Path, split: str = "train") -> list[Messages]:
-    """The conversations of one split, in the subset's order."""
-    return [row["messages"] for row in artifacts.read_jsonl(folder / SPLIT_FILES[split])]

@@ -58,7 +58,7 @@ bootstrap.ensure()
 # %% tags=["setup"]
 from IPython.display import Markdown
 
-from atlas_lib import artifacts, data, notebooks, stages
+from atlas_lib import artifacts, notebooks, stages
 from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import overlap
 
@@ -184,7 +184,7 @@ print(f"{len(excluded)} conversations are left out, {len(train):,} remain")
 with artifacts.stage(stages.DATA_PREP, config, out) as folder:
     subset.write_subset(folder, train, validation, config, excluded)
 
-rows = {split: len(data.read_subset(folder, split)) for split in data.SPLIT_FILES}
+rows = {split: len(subset.read_subset(folder, split)) for split in subset.SPLIT_FILES}
 expected = config.data.n_samples - len(excluded)
 assert rows == {"train": expected, "validation": config.data.n_validation}
 headline.update(

@@ -62,7 +62,7 @@ bootstrap.ensure()
 # %% tags=["setup"]
 from IPython.display import HTML, Markdown
 
-from atlas_lib import artifacts, data, models, notebooks, stages
+from atlas_lib import artifacts, models, notebooks, stages
 from atlas_lib.data_prep import subset
 from atlas_lib.loss_mask import audit, labelling, markers, page, token_rows
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
@@ -95,7 +95,7 @@ for mask in ([True, True, True], [False, False, True]):
 
 # %%
 source = artifacts.require(stages.DATA_PREP, config, out, subset.prepare_subset)
-conversations = data.read_subset(source)
+conversations = subset.read_subset(source)
 tokenizer = models.load_tokenizer(config)
 chat_template = ChatTemplate(tokenizer)
 first = chat_template.turns(conversations[0])[0]

@@ -68,7 +68,7 @@ import math
 
 from IPython.display import Markdown
 
-from atlas_lib import artifacts, compat, data, devices, models, notebooks, stages
+from atlas_lib import artifacts, compat, devices, models, notebooks, stages
 from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import decoding
 from atlas_lib.loss_mask import audit, markers, token_rows
@@ -95,8 +95,8 @@ source = artifacts.require(stages.DATA_PREP, config, out, subset.prepare_subset)
 audited = audit.require_passed_audit(config, out, source)
 records = audit.read_records(audited)
 kept = [row["idx"] for row in records if row["verdict"] != "excluded"]
-conversations = data.read_subset(source)
-validation = data.read_subset(source, "validation")
+conversations = subset.read_subset(source)
+validation = subset.read_subset(source, "validation")
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
 
 # %% [markdown]

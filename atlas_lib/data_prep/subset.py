@@ -1,4 +1,4 @@
-"""The training subset: load, check and describe it; write train.jsonl, val.jsonl and card.json."""
+"""The training subset: load, check and describe it; write and read its files."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,8 @@ from atlas_lib.schema import Config
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
 
 
 def load_subset(config: Config) -> tuple["Dataset", "Dataset"]:
@@ -86,7 +88,7 @@ def write_subset(
 ) -> None:
     """train.jsonl, val.jsonl and card.json into `folder`; the card lists the rows left out."""
     for split, rows in (("train", train), ("validation", validation)):
-        artifacts.write_jsonl(folder / data.SPLIT_FILES[split], rows)
+        artifacts.write_jsonl(folder / SPLIT_FILES[split], rows)
     card = {
         "dataset": config.data.dataset,
         "revision": config.data.revision,
@@ -119,3 +121,8 @@ def prepare_subset(config: Config, out: Path) -> Path:
     with artifacts.stage(stages.DATA_PREP, config, out) as folder:
         write_subset(folder, train, validation, config)
     return folder
+
+
+def read_subset(folder: Path, split: str = "train") -> list[Messages]:
+    """The conversations of one split, in the subset's order."""
+    return [row["messages"] for row in artifacts.read_jsonl(folder / SPLIT_FILES[split])]

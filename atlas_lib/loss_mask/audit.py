@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atlas_lib import artifacts, data, models, stages
+from atlas_lib import artifacts, models, stages
 from atlas_lib.data_prep import subset
 from atlas_lib.loss_mask import labelling, markers
 from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, missing
@@ -278,7 +278,7 @@ def run_audit(config: Config, out: Path) -> Path:
     chat_template = ChatTemplate(tokenizer)
     markers.choose_supervision(tokenizer)
     with artifacts.stage(stages.TEMPLATE_AUDIT, config, out, [source]) as folder:
-        rows = audit_rows(chat_template, data.read_subset(source), config)
+        rows = audit_rows(chat_template, subset.read_subset(source), config)
         write_audit(folder, rows, config)
     return folder
 

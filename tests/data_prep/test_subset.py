@@ -279,8 +279,8 @@ def test_the_prepared_stage_reads_back_as_it_was_loaded(source, tmp_path):
     folder = subset.prepare_subset(config, tmp_path / "out")
     train, validation = subset.load_subset(config)
     assert folder == tmp_path / "out" / "01_data_prep"
-    assert data.read_subset(folder) == data.read_subset(folder, "train") == train["messages"][:]
-    assert data.read_subset(folder, "validation") == validation["messages"][:]
+    assert subset.read_subset(folder) == subset.read_subset(folder, "train") == train["messages"][:]
+    assert subset.read_subset(folder, "validation") == validation["messages"][:]
     outputs = artifacts.check(folder, config)["outputs"]
     assert outputs.keys() == {"train.jsonl", "val.jsonl", "card.json"}
     again = subset.prepare_subset(config, tmp_path / "again")

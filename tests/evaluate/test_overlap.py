@@ -6,7 +6,7 @@ import pytest
 from checks import refusal, run_python
 from tiny import TINY
 
-from atlas_lib import artifacts, data, notebooks, stages
+from atlas_lib import artifacts, notebooks, stages
 from atlas_lib.config import load_config
 from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import overlap
@@ -101,8 +101,8 @@ def test_notebook_01_drops_the_overlapping_rows_on_request(exclude, tmp_path):
     kept = [m for row, m in enumerate(train["messages"]) if row not in expected]
     assert card["excluded_for_overlap"] == expected
     assert card["train"]["conversations"] == len(kept)
-    assert data.read_subset(folder) == kept
-    assert data.read_subset(folder, "validation") == validation["messages"][:]
+    assert subset.read_subset(folder) == kept
+    assert subset.read_subset(folder, "validation") == validation["messages"][:]
     audited = audit.read_summary(audit.run_audit(config, tmp_path / "out"))
     assert audited["rows"] == len(kept)
 
