@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from atlas_lib.loss_mask.markers import trl_markers
 from atlas_lib.loss_mask.report import switches
-from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, missing
+from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, left_out
 from atlas_lib.loss_mask.turns import (
     NEXT,
     ONE_ROW_PER_TURN,
@@ -78,7 +78,7 @@ class Verdict(NamedTuple):
         return [
             f"{row.chat[text.message]['role']} {text.key}"
             for row, opinion in zip(self.rows, self.opinions, strict=True)
-            for text in (missing(row, opinion) if opinion else ())
+            for text in (left_out(row, opinion) if opinion else ())
         ]
 
     def contradictions(self) -> Iterator[dict[str, Any]]:

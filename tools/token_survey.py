@@ -50,10 +50,6 @@ ROWS_EXPLAINED = {  # why rows differ, by family
         "quotes the usual stop token seems to end there by prefixes."
     ),
 }
-COUNTED = (  # over the training rows of a family
-    *("rows", "responses", "tokens", "supervised", "straddling", "other_prompts"),
-    *("judged_by_both", "rows_that_differ"),
-)
 STRIPPING = ("phi3",)  # templates whose published tokens swallow the whitespace that follows
 
 
@@ -62,7 +58,7 @@ class Counts:
     """What is counted over the conversations of a family."""
 
     statuses: Counter = field(default_factory=Counter)
-    tokens: Counter = field(default_factory=Counter)  # by COUNTED
+    tokens: Counter = field(default_factory=Counter)  # over the training rows
     trl: Counter = field(default_factory=Counter)
     beyond: Counter = field(default_factory=Counter)  # by the text of what TRL trains
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -111,7 +107,7 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "eos": tokenizer.eos_token,
         "conversations": counts.statuses.total(),
         "statuses": dict(counts.statuses),
-        **{name: counts.tokens[name] for name in COUNTED},
+        **counts.tokens,
         "differences": counts.differences[:5],
         "trl": trl if auditor.trl_template else None,
     }
@@ -122,6 +118,7 @@ def compare(verdict: Verdict, auditor: Auditor, counts: Counts) -> None:
     rows = tokenise(auditor.template, verdict.rows)
     for row, opinion in zip(rows, verdict.opinions, strict=True):
         by_prefixes, masks = row.prefixes(), auditor.references(row, opinion)
+        wrong = np.flatnonzero(masks.get("sentinels", by_prefixes) != by_prefixes)
         counts.tokens.update(
             rows=1,
             responses=len(row.ranges),
@@ -130,10 +127,9 @@ def compare(verdict: Verdict, auditor: Auditor, counts: Counts) -> None:
             straddling=row.straddling(),
             other_prompts=other_prompts(row, auditor.template.tokenizer),
             judged_by_both=int("sentinels" in masks),
+            rows_that_differ=int(wrong.size > 0),
         )
-        wrong = np.flatnonzero(masks.get("sentinels", by_prefixes) != by_prefixes)
         if wrong.size:
-            counts.tokens["rows_that_differ"] += 1
             tokens = [auditor.decode(row.ids[at]) for at in wrong]
             counts.differences.append({"text": row.row.text[-300:], "tokens": tokens[:8]})
         if auditor.trl_template and len(verdict.rows) == 1:

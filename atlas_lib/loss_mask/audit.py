@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from atlas_lib import artifacts, models, stages
 from atlas_lib.data_prep import subset
 from atlas_lib.loss_mask import labelling, markers
-from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, missing
+from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, left_out
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
@@ -174,7 +174,7 @@ class Auditor:
         written = len(self.special.findall(row.row.text))
         if written != (tokens := sum(i in self.special_ids for i in row.ids)):
             return f"{tokens} special tokens where the text has {written}"
-        dropped = missing(row.row, opinion) if opinion else _rewritten(row.row)
+        dropped = left_out(row.row, opinion) if opinion else _rewritten(row.row)
         if text := next(iter(dropped), None):
             return f"the template leaves out {text.key} of message {text.message}"
         for method, mask in {} if forged else self.references(row, opinion).items():

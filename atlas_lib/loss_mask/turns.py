@@ -102,9 +102,9 @@ class ChatTemplate:
     def render(
         self, chats: Sequence[Chat], prompt: bool = False, tools: list[dict] | None = None
     ) -> list[str]:
-        """The text of each chat, with the generation prompt if `prompt`."""
+        """The text of each chat without its null keys, with the generation prompt if `prompt`."""
         texts, _ = render_jinja_template(
-            [[_given(message) for message in chat] for chat in chats],
+            [[{k: m[k] for k in m if m[k] is not None} for m in chat] for chat in chats],
             tools=tools,
             chat_template=self.text,
             add_generation_prompt=prompt,
@@ -272,11 +272,6 @@ def _turn(message: int, prompt: str, answered: str, text: str, ending: Ending) -
     else:
         status = "exact" if text.startswith(prompt + emission) else "history"
     return Turn(message, prompt, answered, emission, status)
-
-
-def _given(message: dict) -> dict:
-    """The message without keys that are null, which transformers leaves out too."""
-    return {key: value for key, value in message.items() if value is not None}
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern:
