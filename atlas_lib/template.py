@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-END_OF_TURN = "<|im_end|>"
-
 # Edits of Qwen2.5's template: (what is looked for, pattern, replacement), each must match exactly
 # once. The loss must see what the model has to emit after "<|im_start|>assistant\n":
 # the content (or the tool calls) and <|im_end|>, not the newline before, not the newline after.

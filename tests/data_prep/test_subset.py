@@ -153,6 +153,7 @@ BAD_FILES = {
     "gzip": ("chats.jsonl.gz", gzip.compress(LINE), f"line 1: not JSON Lines.*{ONE_A_LINE}"),
     "CSV": ("chats.csv", b"messages\nhello\n", f"line 1: not JSON Lines.*{ONE_A_LINE}"),
     "array": ("chats.json", b"[\n" + LINE + b"]\n", f"line 1: not JSON Lines.*{ONE_A_LINE}"),
+    "no Parquet": ("chats.parquet", LINE, "Parquet magic bytes not found"),
     "array in a line": ("chats.json", b"[" + LINE.strip() + b"]", "line 1: not JSON Lines"),
 }
 
@@ -183,7 +184,7 @@ def test_json_lines_are_read_from_a_file_of_any_name(before, after, name, tmp_pa
     assert len(subset.load_subset(configured_at(tmp_path / name))[0]) == 4
 
 
-@pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSON", "chats.csv", "chats.jsonl.gz"])
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSON", "chats.parquet", "chats.jsonl.gz"])
 def test_a_missing_file_is_named(name, tmp_path):
     config = configured_at(tmp_path / name)
     assert f"{tmp_path / name} does not exist" in refusal(
