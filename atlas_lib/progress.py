@@ -14,9 +14,9 @@ def track(items: Collection, what: str) -> Iterator:
         now = time.monotonic()
         if now - logged >= INTERVAL or done == len(items):
             logged = now
-            log(what, done, len(items), now - started)
+            log_progress(what, done, len(items), now - started)
 
 
-def log(what: str, done: int, total: int, seconds: float, note: str = "") -> None:
+def log_progress(what: str, done: int, total: int, seconds: float, note: str = "") -> None:
     left = seconds / done * (total - done)
     print(f"{what}: {done}/{total}, {seconds:.0f} s so far, {left:.0f} s left{note}", flush=True)
