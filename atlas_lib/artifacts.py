@@ -171,24 +171,18 @@ def check(folder: Path, config: Config, inputs: Mapping[str, Path] | None = None
     `inputs` maps a stage's name to the folder that should be recorded as its input.
     """
     manifest = read_manifest(folder)
-    if problem := _misfit(folder, manifest, config, inputs or {}):
-        raise ValueError(problem)
-    return manifest
-
-
-def _misfit(folder: Path, manifest: dict, config: Config, inputs: Mapping) -> str | None:
-    """Why a stage's folder cannot be used for this run, as a sentence, or None."""
     name = manifest["stage"]
+    again = f"run {name} again"
     if differs := difference(manifest["made_from"], made_from(name, config)):
-        fix = f"run {name} again, choose another OUT, or detach that input"
-        return f"{folder} does not fit this run: {differs}; {fix}."
+        fix = f"{again}, choose another OUT, or detach that input"
+        raise ValueError(f"{folder} does not fit this run: {differs}; {fix}.")
     for file, recorded in manifest["outputs"].items():
         if not (folder / file).is_file() or sources.sha256(folder / file) != recorded:
-            return f"{folder / file} is not the file that {name} wrote; run {name} again."
-    for other, path in inputs.items():
+            raise ValueError(f"{folder / file} is not the file that {name} wrote; {again}.")
+    for other, path in (inputs or {}).items():
         if manifest["inputs"].get(other) != result_digest(path):
-            return f"{folder} was made from another {other} than {path}; run {name} again."
-    return None
+            raise ValueError(f"{folder} was made from another {other} than {path}; {again}.")
+    return manifest
 
 
 def find(name: str, out: Path) -> list[Path]:

@@ -1,63 +1,30 @@
-"""The training subset: load, check and split it; write and read train.jsonl and val.jsonl."""
+"""Rows of a file, a local folder or a dataset of the hub."""
 
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from atlas_lib import artifacts, sources, stages
-from atlas_lib.bootstrap import CONFIGS
-from atlas_lib.schema import Config
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from atlas_lib import artifacts, sources
 
 Messages = list[dict[str, str]]
-SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
-
-
-def load_subset(config: Config) -> tuple["Dataset", "Dataset"]:
-    """Training and validation rows: the first n_samples of one shuffle, then n_validation more.
-
-    Both have the column `messages` alone, each turn its role and content: TRL would read
-    UltraChat's `prompt` column as prompt/completion data. Raises ValueError that names a bad row.
-    """
-    from datasets import Dataset
-
-    data = config.data
-    place, revision = sources.fetch(data.dataset, data.revision, config, "dataset")
-    rows, wanted = load_rows(place, revision, data.split), data.n_samples + data.n_validation
-    if wanted > len(rows):
-        raise ValueError(
-            f"data.n_samples {data.n_samples} + data.n_validation {data.n_validation} is more than "
-            f"the {len(rows)} rows of {data.dataset}; lower one of them or add rows."
-        )
-    shuffled = Dataset.from_dict({"row": range(len(rows))}).shuffle(seed=data.shuffle_seed)
-    chosen = []
-    for row in shuffled[:wanted]["row"]:
-        messages = rows[row].get("messages")
-        if wrong := conversation_problem(messages):
-            raise ValueError(f"{data.dataset}, row {row} (from 0): {wrong}; fix or drop that row.")
-        chosen.append([{k: turn[k] for k in turn if k in ("role", "content")} for turn in messages])
-    check_known_rows(chosen, known_rows(config))
-    dataset = Dataset.from_list([{"messages": messages} for messages in chosen])
-    return dataset.select(range(data.n_samples)), dataset.select(range(data.n_samples, wanted))
 
 
 def load_rows(place: str, revision: str | None, split: str) -> Sequence[dict]:
-    """Rows by index: of a local file of JSON Lines, or of a split of a local folder or hub dataset.
+    """Rows by index: of a .jsonl or .parquet file, or of a split of a local folder or hub dataset.
 
     Raises ValueError that names the source, and for a file the line.
     """
     import datasets
+    import pyarrow.parquet
 
-    path, cache = Path(place), None
+    path, kind, cache = Path(place), Path(place).suffix.lower(), None
     if path.is_dir():  # `datasets` caches a folder with a card by its name, not by its content
         cache = f"{datasets.config.HF_DATASETS_CACHE}/{sources.content_digest(path)}"
-    elif path.is_file() or path.suffix.lower() in sources.FILE_TYPES:
+    elif kind != ".parquet" and (path.is_file() or kind in sources.FILE_TYPES):
         return artifacts.read_jsonl(path)  # an error of `datasets` would not name the line
     try:
+        if path.is_file():
+            return pyarrow.parquet.read_table(path).to_pylist()
         if not path.is_dir() and (files := _split_files(place, revision, split)):
             return datasets.Dataset.from_parquet(files)
         return datasets.load_dataset(place, revision=revision, split=split, cache_dir=cache)
@@ -79,84 +46,3 @@ def _split_files(place: str, revision: str | None, split: str) -> list[str]:
     except errors.LocalEntryNotFoundError:  # without a hub, `datasets` may have it in its own cache
         return []
     return sorted(map(str, Path(folder).glob(pattern)))
-
-
-def known_rows(config: Config) -> list[dict]:
-    """Published facts on the first rows of this subset, at any revision; [] for other data."""
-    known, here = artifacts.read_json(CONFIGS / "known_rows.json"), config.flat()
-    same = all(here[key] == value for key, value in known["holds_for"].items())
-    return known["rows"] if same else []
-
-
-def check_known_rows(conversations: Iterable[Messages], known: list[dict]) -> None:
-    """The first rows start as published. Raises ValueError."""
-    for row, messages in zip(known, conversations, strict=False):
-        first = next(m["content"] for m in messages if m["role"] == "user")
-        if not first.startswith(row["first_user_turn_starts"]):
-            raise ValueError(
-                f"Row {row['idx']} of the subset starts with {first[:60]!r}, the published one "
-                f"with {row['first_user_turn_starts'][:60]!r}; check data.revision, "
-                "data.shuffle_seed and the version of datasets."
-            )
-
-
-def conversation_problem(messages: Any) -> str | None:
-    """What is wrong with one conversation in a few words, or None."""
-    if not messages or not isinstance(messages, list):
-        return "`messages` is empty or missing, or not a list"
-    role, expected = None, "user"
-    for turn, message in enumerate(messages):
-        if not isinstance(message, dict):
-            return f"turn {turn} is not an object with role and content"
-        role, content = message.get("role"), message.get("content")
-        if role != expected and (turn, role) != (0, "system"):
-            return f"turn {turn} has the role {role!r} instead of {expected!r}"
-        if not isinstance(content, str):
-            return f"turn {turn} has content that is not text ({type(content).__name__})"
-        expected = "assistant" if role == "user" else "user"
-    return None if role == "assistant" else "the last turn is not an assistant turn"
-
-
-def write_subset(
-    folder: Path, train: "Dataset", validation: "Dataset", config: Config, excluded: Sequence = ()
-) -> None:
-    """train.jsonl, val.jsonl and card.json into `folder`; the card lists the rows left out."""
-    for split, rows in (("train", train), ("validation", validation)):
-        artifacts.write_jsonl(folder / SPLIT_FILES[split], rows)
-    card = {
-        "dataset": config.data.dataset,
-        "revision": config.data.revision,
-        "label": config.label,
-        "excluded_for_overlap": sorted(excluded),
-        "train": describe(train["messages"]),
-        "validation": describe(validation["messages"]),
-    }
-    artifacts.write_json(folder / "card.json", card)
-
-
-def describe(conversations: Sequence[Messages]) -> dict[str, Any]:
-    """Counts of conversations, turns by role, and assistant characters."""
-    messages = [message for chat in conversations for message in chat]
-    return {
-        "conversations": len(conversations),
-        "turns": dict(Counter(m["role"] for m in messages)),
-        "turns_per_conversation": dict(sorted(Counter(map(len, conversations)).items())),
-        "assistant_characters": sum(
-            len(m["content"]) for m in messages if m["role"] == "assistant"
-        ),
-    }
-
-
-def prepare_subset(config: Config, out: Path) -> Path:
-    """Stage 01 without a notebook: load, check and write the subset. Returns its folder."""
-    if config.data.exclude_overlap:
-        raise ValueError("data.exclude_overlap is applied by notebook 01_data_prep; run it first.")
-    train, validation = load_subset(config)
-    with artifacts.stage(stages.DATA_PREP, config, out) as folder:
-        write_subset(folder, train, validation, config)
-    return folder
-
-
-def read_subset(folder: Path, split: str = "train") -> list[Messages]:
-    """The conversations of one split, in the subset's order."""
-    return [row["messages"] for row in artifacts.read_jsonl(folder / SPLIT_FILES[split])]

@@ -58,20 +58,6 @@ def _refusing(place: str | Path) -> Iterator[None]:
         raise ValueError(f"{place} cannot be loaded ({why}); {fix}.") from error
 
 
-def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Config) -> int:
-    """The size of the vocabulary that the tokenizer shares with the base model's own tokenizer.
-
-    Raises ValueError where the two differ: an id must mean the same token to the weights.
-    """
-    own = tokenizer_of(config.model.base, config.model.base_revision, config)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"The vocabulary of {config.model.tokenizer} is not that of {config.model.base}: ids "
-            "would mean other tokens to the weights. Name a tokenizer of the same family."
-        )
-    return len(tokenizer)
-
-
 def stop_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> list[int]:
     """Ids at which decoding stops: the tokenizer's eos, then those of the model's own config."""
     own = model.generation_config.eos_token_id

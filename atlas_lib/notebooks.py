@@ -35,7 +35,8 @@ def start(
     config = load_config(config_name, overlay, overrides)
     folder = session.output_folder(out, config_name, overlay)
     if session.NESTED not in os.environ and (folder / session.LOCK).is_file():
-        session.reserve(folder).lock.release()  # only a look: a notebook may stay open for hours
+        with session.hold(folder / session.LOCK, f"OUT {folder}"):
+            pass  # only a look: a notebook may stay open for hours
     session.export_secrets()
     stage = name if name in stages.STAGES else stages.IFEVAL_EVAL  # a report is no stage
     stamp = {

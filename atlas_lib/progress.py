@@ -7,16 +7,16 @@ INTERVAL = 10.0  # seconds between two lines
 
 
 def track(items: Collection, what: str) -> Iterator:
-    """Yield `items`; say how far it is, at most every INTERVAL seconds and at the end."""
-    started = spoken = time.monotonic()
+    """Yield `items`; log how far it is, at most every INTERVAL seconds and at the end."""
+    started = logged = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - spoken >= INTERVAL or done == len(items):
-            spoken = now
-            say(what, done, len(items), now - started)
+        if now - logged >= INTERVAL or done == len(items):
+            logged = now
+            log_progress(what, done, len(items), now - started)
 
 
-def say(what: str, done: int, total: int, seconds: float, note: str = "") -> None:
+def log_progress(what: str, done: int, total: int, seconds: float, note: str = "") -> None:
     left = seconds / done * (total - done)
     print(f"{what}: {done}/{total}, {seconds:.0f} s so far, {left:.0f} s left{note}", flush=True)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 PAUSE_SECONDS = 2.0  # before a secrets service that did not answer is asked again
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 PACKAGES += ("lm_eval",)  # their versions decide a result
-LOCK = ".lock"  # in OUT; its holder, tools.run, writes there who it is
+# Variables that name the build of a hosted image.
+IMAGES = {"kaggle": ("GIT_COMMIT", "BUILD_DATE"), "colab": ("COLAB_RELEASE_TAG",)}
+LOCK = ".lock"  # in OUT, held by tools.run
 
 
 def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
@@ -44,13 +47,21 @@ def output_folder(out: str, config_name: str, overlay: str = "") -> Path:
     return folder.resolve()
 
 
-def reserve(out: Path) -> contextlib.AbstractContextManager:
-    """Keep other runs out of OUT until the context is left. Raises ValueError with the holder."""
+class BusyError(ValueError):
+    """Another process holds a lock."""
+
+
+@contextlib.contextmanager
+def hold(lock: Path, what: str) -> Iterator[None]:
+    """Keep other processes out until the context or this process ends. Raises BusyError."""
     try:
-        return filelock.FileLock(out / LOCK).acquire(blocking=False)
+        held = filelock.FileLock(lock).acquire(blocking=False)
     except filelock.Timeout:
-        holder = (out / LOCK).read_text("utf-8")
-        raise ValueError(f"OUT {out} is in use {holder}; wait, or choose another OUT.") from None
+        holder = lock.read_text("utf-8")
+        raise BusyError(f"{what} is in use {holder}; wait, or choose another OUT.") from None
+    with held:
+        lock.write_text(f"by process {os.getpid()} on {platform.node()} since {time.asctime()}")
+        yield
 
 
 def commit() -> str:
@@ -80,19 +91,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: v for p, v in found.items() if v}
 
 
-def image() -> str:
-    """The build of Kaggle's or Colab's image, from its environment variables; empty elsewhere."""
-    names = {"kaggle": ("GIT_COMMIT", "BUILD_DATE"), "colab": ("COLAB_RELEASE_TAG",)}
-    return " ".join(filter(None, map(os.environ.get, names.get(platform_name(), ()))))
-
-
 def provenance() -> dict[str, Any]:
     """What a manifest records of the machine: commit, versions, platform, image, hardware, GPUs."""
     return {
         "commit": commit(),
         "versions": versions(),
         "platform": f"{platform_name()}, {platform.platform()}",
-        "image": image(),
+        "image": " ".join(os.environ.get(key, "") for key in IMAGES.get(platform_name(), ())),
         "hardware": devices.hardware(),
         "gpus": len(devices.visible_gpus()),
     }
@@ -104,11 +109,11 @@ def secret(name: str) -> tuple[str | None, str]:
     A service that does not answer is asked twice.
     """
     absent = f"no {name}"
-    if os.environ.get(name) or NESTED in os.environ:
+    if os.environ.get(name) or NESTED in os.environ or platform_name() == "local":
         return os.environ.get(name) or None, absent
     for pause in (PAUSE_SECONDS, 0):
         try:
-            return platform_secret(name) or None, absent
+            return _ask_platform(name) or None, absent
         except Exception as error:  # each platform has its own for an absent secret
             if not isinstance(error, OSError) and type(error).__name__ != "TimeoutException":
                 return None, absent
@@ -117,17 +122,15 @@ def secret(name: str) -> tuple[str | None, str]:
     return None, reason
 
 
-def platform_secret(name: str) -> str | None:
-    """A secret of the platform. Raises whatever its client raises."""
+def _ask_platform(name: str) -> str | None:
+    """A secret of Kaggle or Colab. Raises whatever its client raises."""
     if platform_name() == "kaggle":
         from kaggle_secrets import UserSecretsClient
 
         return UserSecretsClient().get_secret(name)
-    if platform_name() == "colab":
-        from google.colab import userdata
+    from google.colab import userdata
 
-        return userdata.get(name)
-    return None
+    return userdata.get(name)
 
 
 def export_secrets() -> None:

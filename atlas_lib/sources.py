@@ -20,7 +20,8 @@ REMEDIES = {  # class of an exception that ended a load -> what to do; httpx has
 }
 NAMED = ("data.dataset", "model.base", "model.tokenizer", "model.instruct", "model.adapter")
 NAMED += ("eval.prompts", "model.chat_template")  # the keys whose values name a source
-FILE_TYPES = {".jsonl", ".json", ".csv", ".gz"}  # a name with one is a file, never a hub id
+# A name that ends with one is a file, never a hub id.
+FILE_TYPES = {".jsonl", ".json", ".csv", ".gz", ".parquet"}
 
 
 def locate(name: str) -> Path | None:

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-END_OF_TURN = "<|im_end|>"
-
 # Edits of Qwen2.5's template: (what is looked for, pattern, replacement), each must match exactly
 # once. The loss must see what the model has to emit after "<|im_start|>assistant\n":
 # the content (or the tool calls) and <|im_end|>, not the newline before, not the newline after.
@@ -43,7 +41,7 @@ _EDITS = (
         r"\1{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}",
     ),
 )
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def trl_templates() -> dict[str, str]:
@@ -66,29 +64,6 @@ def read_template(name: str) -> str:
     return shipped[name]
 
 
-def trl_training_template(text: str) -> str | None:
-    """TRL's version of the template `text` with markers, or None if TRL has none for it."""
-    shipped = trl_templates()
-    names = (name for name, template in shipped.items() if template == text)
-    return next((shipped[f"{n}_training"] for n in names if f"{n}_training" in shipped), None)
-
-
-def marked_for_trl(text: str) -> str | None:
-    """The template from whose markers TRL would train; None where it raises ValueError."""
-    return trl_training_template(text) or (text if _MARKER.search(text) else None)
-
-
-def choose_supervision(tokenizer: Any) -> str:
-    """Mark Qwen2.5's template and leave others alone; how rows are trained, in one sentence."""
-    try:
-        if patch_chat_template_for_assistant_mask(tokenizer):
-            return "Markers in Qwen2.5's template restrict the loss to the assistant's tokens."
-        reason = "The template has markers of its own, which need not be exact"
-    except ValueError as error:
-        reason = str(error).split(":")[0]
-    return f"{reason}: rows are trained from labels."
-
-
 def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
     """Mark the assistant's tokens in `tokenizer.chat_template`; returns False if it was marked.
 
@@ -97,7 +72,7 @@ def patch_chat_template_for_assistant_mask(tokenizer: Any) -> bool:
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise ValueError("The tokenizer has no chat template; set model.chat_template: qwen2_5.")
-    if _MARKER.search(template):
+    if GENERATION.search(template):
         return False
     for sought, pattern, replacement in _EDITS:
         template, count = re.subn(pattern, replacement, template)

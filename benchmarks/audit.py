@@ -60,7 +60,7 @@ def seconds(work) -> float:
 
 def audit_to_disk(tokenizer, original, config, chats) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
-        rows = audit.audit_rows(tokenizer, ChatTemplate(tokenizer, original), chats, config)
+        rows = audit.audit_rows(ChatTemplate(tokenizer, original), chats, config)
         return audit.write_audit(Path(scratch), rows, config)
 
 

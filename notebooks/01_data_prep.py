@@ -58,7 +58,8 @@ bootstrap.ensure()
 # %% tags=["setup"]
 from IPython.display import Markdown
 
-from atlas_lib import artifacts, data, notebooks, stages
+from atlas_lib import artifacts, notebooks, stages
+from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import overlap
 
 config, out = notebooks.start("01_data_prep", CONFIG, OVERLAY, OUT, SET)
@@ -76,7 +77,7 @@ headline = notebooks.headline()
 # its number.
 
 # %%
-train, validation = data.load_subset(config)
+train, validation = subset.load_subset(config)
 for message in train[0]["messages"]:
     print(f"{message['role']:>9}: {message['content'][:160]!r}")
 
@@ -96,8 +97,8 @@ for message in train[0]["messages"]:
 # %%
 import pandas as pd
 
-descriptions = {"train": data.describe(train["messages"])}
-descriptions["validation"] = data.describe(validation["messages"])
+descriptions = {"train": subset.describe(train["messages"])}
+descriptions["validation"] = subset.describe(validation["messages"])
 pd.DataFrame(descriptions).T.rename_axis("split")
 
 # %% [markdown]
@@ -181,9 +182,9 @@ print(f"{len(excluded)} conversations are left out, {len(train):,} remain")
 
 # %%
 with artifacts.stage(stages.DATA_PREP, config, out) as folder:
-    data.write_subset(folder, train, validation, config, excluded)
+    subset.write_subset(folder, train, validation, config, excluded)
 
-rows = {split: len(data.read_subset(folder, split)) for split in data.SPLIT_FILES}
+rows = {split: len(subset.read_subset(folder, split)) for split in subset.SPLIT_FILES}
 expected = config.data.n_samples - len(excluded)
 assert rows == {"train": expected, "validation": config.data.n_validation}
 headline.update(

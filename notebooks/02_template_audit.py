@@ -62,8 +62,9 @@ bootstrap.ensure()
 # %% tags=["setup"]
 from IPython.display import HTML, Markdown
 
-from atlas_lib import artifacts, data, models, notebooks, stages, template
-from atlas_lib.loss_mask import audit, labelling, page, token_rows
+from atlas_lib import artifacts, models, notebooks, stages
+from atlas_lib.data_prep import subset
+from atlas_lib.loss_mask import audit, labelling, markers, page, token_rows
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
 
 config, out = notebooks.start("02_template_audit", CONFIG, OVERLAY, OUT, SET)
@@ -93,8 +94,8 @@ for mask in ([True, True, True], [False, False, True]):
 # would send, and the target is what follows in the answered conversation, up to the stop.
 
 # %%
-source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
-conversations = data.read_subset(source)
+source = artifacts.require(stages.DATA_PREP, config, out, subset.prepare_subset)
+conversations = subset.read_subset(source)
 tokenizer = models.load_tokenizer(config)
 chat_template = ChatTemplate(tokenizer)
 first = chat_template.turns(conversations[0])[0]
@@ -118,7 +119,7 @@ print(first.status, "=", STATUS[first.status])
 # and its rows go to the trainer as token ids with labels.
 
 # %%
-print(template.choose_supervision(tokenizer))
+print(markers.choose_supervision(tokenizer))
 text = tokenizer.apply_chat_template(conversations[0], tokenize=False)
 [before] = chat_template.render([conversations[0]])
 assert text == before, "the patch changed the rendered text"
@@ -130,7 +131,7 @@ assert text == before, "the patch changed the rendered text"
 
 # %%
 print("decoding stops at", tokenizer.eos_token, "· padding is", tokenizer.pad_token)
-print("vocabulary of tokenizer and weights:", models.check_vocabulary(tokenizer, config), "tokens")
+print("vocabulary of tokenizer and weights:", audit.check_vocabulary(tokenizer, config), "tokens")
 
 # %% [markdown]
 # ## One conversation in colour
@@ -155,7 +156,7 @@ def as_html(ids: list[int], mask: list[int]) -> HTML:
 # %%
 several = [chat for chat in conversations if sum(m["role"] == "assistant" for m in chat) > 1]
 example = min(several or conversations, key=lambda chat: len(str(chat)))
-row = token_rows.labelled(tokenizer, chat_template, [example])[-1]
+row = token_rows.labelled(chat_template, [example])[-1]
 as_html(row["input_ids"], [label != labelling.IGNORED for label in row["labels"]])
 
 # %% [markdown]
@@ -177,7 +178,7 @@ as_html(row["input_ids"], [label != labelling.IGNORED for label in row["labels"]
 
 # %%
 with artifacts.stage(stages.TEMPLATE_AUDIT, config, out, [source]) as folder:
-    rows = audit.audit_rows(tokenizer, chat_template, conversations, config)
+    rows = audit.audit_rows(chat_template, conversations, config)
     summary = audit.write_audit(folder, rows, config)
 
 # %%
@@ -191,8 +192,9 @@ pd.DataFrame({"count": counts | {"supervised_share": f"{summary['supervised_shar
 # of TRL's own template where that differs.
 
 # %%
-auditor = audit.Auditor(tokenizer, chat_template, config)
-notebooks.show_page(page.render_page(auditor, conversations[:50], config.label), "Audited rows")
+auditor = audit.Auditor(chat_template, config)
+judged = list(auditor.judge(conversations[:50]))
+notebooks.show_page(page.render_page(auditor, judged, config.label), "Audited rows")
 
 # %% [markdown]
 # `rows_failed` counts the conversations in which the masks differ anywhere, or that fail another

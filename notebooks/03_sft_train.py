@@ -68,9 +68,10 @@ import math
 
 from IPython.display import Markdown
 
-from atlas_lib import artifacts, compat, data, devices, models, notebooks, stages
+from atlas_lib import artifacts, compat, devices, models, notebooks, stages
+from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import decoding
-from atlas_lib.loss_mask import audit, token_rows
+from atlas_lib.loss_mask import audit, markers, token_rows
 from atlas_lib.loss_mask.turns import ChatTemplate
 from atlas_lib.train import adapters, hub, model_card, throughput, tracking, trl_loss
 
@@ -90,12 +91,12 @@ headline = notebooks.headline()
 # predicts these rows, so that the number of steps below does not count them.
 
 # %%
-source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
+source = artifacts.require(stages.DATA_PREP, config, out, subset.prepare_subset)
 audited = audit.require_passed_audit(config, out, source)
 records = audit.read_records(audited)
 kept = [row["idx"] for row in records if row["verdict"] != "excluded"]
-conversations = data.read_subset(source)
-validation = data.read_subset(source, "validation")
+conversations = subset.read_subset(source)
+validation = subset.read_subset(source, "validation")
 print(f"{len(kept):,} of {len(conversations):,} conversations go to the trainer")
 
 # %% [markdown]
@@ -124,12 +125,10 @@ print(f"this run: {n_rows:,} rows, {rows_per_step} per step -> {steps} steps")
 # marked: the rows then go to the trainer as ids and labels.
 
 # %%
-from atlas_lib import template
-
 tokenizer = models.load_tokenizer(config)
-models.check_vocabulary(tokenizer, config)
+audit.check_vocabulary(tokenizer, config)
 chat_template = ChatTemplate(tokenizer)
-print(template.choose_supervision(tokenizer))
+print(markers.choose_supervision(tokenizer))
 print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")
 
 # %% [markdown]
@@ -137,7 +136,7 @@ print(f"{len(tokenizer):,} tokens, pad token {tokenizer.pad_token}")
 # is a loss on the right tokens too.
 
 # %%
-checked = list(audit.audit_rows(tokenizer, chat_template, validation, config, "validation"))
+checked = list(audit.audit_rows(chat_template, validation, config, "validation"))
 assert not [row["error"] for row in checked if row["verdict"] == "failed"]
 validation = [validation[row["idx"]] for row in checked if row["verdict"] != "excluded"]
 
@@ -183,8 +182,7 @@ print(base.config.architectures[0], "in", config.quantization.bnb_4bit_quant_typ
 from peft import LoraConfig, PeftModel
 
 recipe = {"seed": config.seed, **config.train.model_dump(exclude_unset=True)}
-marked = tokenizer.chat_template != chat_template.text
-recipe["assistant_only_loss"] = recipe["assistant_only_loss"] and marked
+recipe["assistant_only_loss"] = recipe["assistant_only_loss"] and chat_template.marked
 lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
 for name, value in recipe.items():
     print(f"{name}: {value}")
@@ -222,13 +220,13 @@ for_this_run = {
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-if marked:
+if chat_template.marked:
     rows = [{"messages": conversations[idx]} for idx in kept]
     validation_rows = [{"messages": chat} for chat in validation]
 else:
     chats = [conversations[idx] for idx in kept]
-    rows = token_rows.labelled(tokenizer, chat_template, chats)
-    validation_rows = token_rows.labelled(tokenizer, chat_template, validation)
+    rows = token_rows.labelled(chat_template, chats)
+    validation_rows = token_rows.labelled(chat_template, validation)
 arguments = {"use_cpu": device.name == "cpu", "disable_tqdm": True}
 arguments |= precision | recipe | for_this_run
 guard = callbacks.LossGuard()

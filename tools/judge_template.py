@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from atlas_lib import template
-from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, missing
+from atlas_lib.loss_mask.markers import trl_markers
+from atlas_lib.loss_mask.report import switches
+from atlas_lib.loss_mask.sentinels import Opinion, Sentinels, judged, left_out
 from atlas_lib.loss_mask.turns import (
     NEXT,
     ONE_ROW_PER_TURN,
@@ -36,16 +37,7 @@ MARKER = re.compile(
     r"<(?!/?(?:think|tool))[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|\[\|[a-z]+\|\]|\[e~\[|\]~b\]"
 )
 PER_TURN = "one row per turn"
-OWN_MARKERS = "its own markers"
 GOOD = ("exact", PER_TURN)  # statuses of templates that can be trained, best first
-SWITCHES = {  # variables that may make a template exact
-    "enable_thinking": (False, True),
-    "thinking": (False, True),
-    "preserve_thinking": (True,),
-    "clear_thinking": (False,),
-    "truncate_history_thinking": (False,),
-    "is_training": (True,),
-}
 CHATS = {"plain": 15, "tools": 8, "reasoning": 8}  # conversations of each kind
 QUESTION = {"role": "user", "content": USER}
 
@@ -86,7 +78,7 @@ class Verdict(NamedTuple):
         return [
             f"{row.chat[text.message]['role']} {text.key}"
             for row, opinion in zip(self.rows, self.opinions, strict=True)
-            for text in (missing(row, opinion) if opinion else ())
+            for text in (left_out(row, opinion) if opinion else ())
         ]
 
     def contradictions(self) -> Iterator[dict[str, Any]]:
@@ -104,8 +96,8 @@ def survey_template(text: str) -> dict[str, Any]:
     try:
         judge = Judge(ChatTemplate(StandIn(text)))
     except ValueError as error:
-        markers = trl_markers(text)
-        trl = {"template": markers[0]} if markers else None
+        name, _ = trl_markers(text)
+        trl = {"template": name} if name else None
         return {"status": "refused", "reason": str(error).splitlines()[0][:200], "trl": trl}
     shapes = judge.shapes()
     verdicts = {kind: list(judge.verdicts(kind, CHATS[kind], shapes[kind])) for kind in shapes}
@@ -131,12 +123,10 @@ def survey_template(text: str) -> dict[str, Any]:
 
 def best_switch(text: str, status: str) -> dict[str, str] | None:
     """The variable that makes a template exact or, if it was not, trainable."""
-    pairs = ((name, value) for name, values in SWITCHES.items() for value in values)
-    for name, value in pairs:
-        if re.search(rf"\b{name}\b", text):
-            better = status_with(text, {name: value})
-            if better in GOOD and better != status:
-                return {"variable": f"{name}={str(value).lower()}", "status": better}
+    for name, value in switches(text):
+        better = status_with(text, {name: value})
+        if better in GOOD and better != status:
+            return {"variable": f"{name}={str(value).lower()}", "status": better}
     return None
 
 
@@ -154,14 +144,9 @@ class Judge:
 
     def __init__(self, chat_template: ChatTemplate):
         self.template, self.sentinels = chat_template, Sentinels(chat_template)
-        self.shows_system = self.shows([{"role": "system", "content": NEXT}, QUESTION], NEXT)
-
-    def shows(self, chat: list[dict], shown: str = "", tools: list[dict] | None = None) -> bool:
-        """Whether the template renders `chat`, and `shown` in it."""
-        try:
-            return shown in self.template.render([chat], tools=tools)[0]
-        except RENDERING_ERRORS:
-            return False
+        self.shows_system = self.template.shows(
+            [{"role": "system", "content": NEXT}, QUESTION], NEXT
+        )
 
     def lead(self) -> str | None:
         """What every response begins with before its content; None if its prompt is not known."""
@@ -171,13 +156,15 @@ class Judge:
         return turn.answered[len(turn.prompt) :].split(RESPONSE)[0]
 
     def shows_reasoning(self, field: str) -> bool:
-        return self.shows([QUESTION, answer(RESPONSE, NEXT, field)], NEXT)
+        return self.template.shows([QUESTION, answer(RESPONSE, NEXT, field)], NEXT)
 
     def shapes(self) -> dict[str, Shape]:
         """The kinds of conversations that the template renders."""
         found = {"plain": Shape(self.shows_system)}
         calls = ((given, call(RESPONSE, given)) for given in ARGUMENTS)
-        shown = (given for given, each in calls if self.shows([QUESTION, each], RESPONSE, TOOLS))
+        shown = (
+            given for given, each in calls if self.template.shows([QUESTION, each], RESPONSE, TOOLS)
+        )
         if given := next(shown, None):
             found["tools"] = Shape(self.shows_system, arguments=given)
         fields = filter(self.shows_reasoning, FIELDS)
@@ -209,12 +196,13 @@ class Judge:
 
     def by_trl(self, rows: Sequence[Row]) -> dict[str, Any] | None:
         """What TRL trains beyond the responses of whole conversations; None if it refuses."""
-        if not (markers := trl_markers(self.template.text)):
+        name, markers = trl_markers(self.template.text)
+        if not markers:
             return None
         counts = Counter(rows_compared=0, rows_with_another_text=0, responses=0)
         beyond, missing = Counter(), Counter()
         for row in rows:
-            text, spans = self.template.render_marked(row, markers[1])
+            text, spans = self.template.render_marked(row, markers)
             if text != row.text:
                 counts["rows_with_another_text"] += 1
                 continue
@@ -223,16 +211,7 @@ class Judge:
             beyond.update(pieces(text, trained - wanted))
             missing.update(pieces(text, wanted - trained))
         shown = {"beyond": dict(beyond.most_common(5)), "missing": dict(missing.most_common(5))}
-        return {"template": markers[0], **counts, **shown}
-
-
-def trl_markers(text: str) -> tuple[str, str] | None:
-    """Name and text of the template with markers that TRL trains with; None if it refuses."""
-    if "generation" in re.findall(r"\{%-?\s*(\w+)\s*-?%\}", text):
-        return OWN_MARKERS, text
-    training = template.trl_training_template(text)
-    names = (name for name, each in template.trl_templates().items() if each == training)
-    return (next(names), training) if training else None
+        return {"template": name, **counts, **shown}
 
 
 def characters(spans: Iterable[Span]) -> set[int]:

@@ -6,9 +6,7 @@ python -m tools.run --overlay offline --seeds 42,1,2    # one run a seed, and a 
 """
 
 import argparse
-import contextlib
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -79,21 +77,12 @@ def run_notebooks(args: argparse.Namespace) -> None:
     out = session.output_folder(args.out, args.config, args.overlay)
     if config.run.require_gpu and any(STAGES[stage].gpu for stage in args.stages):
         devices.gpu_available(config)  # before anything is downloaded
-    with hold(out):
+    with session.hold(out / session.LOCK, f"OUT {out}"):
         if args.seeds:
             run_seeds(args, each, out)
         elif metrics := run_in(args, overrides, out):
             print(metrics_table(metrics), after_the_table(out), sep="\n")
     print(f"results in {out}: {', '.join(name for name in LISTED if (out / name).exists())}")
-
-
-@contextlib.contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Keep other runs out of OUT, and tell them who does."""
-    with session.reserve(out):
-        holder = f"by process {os.getpid()} on {platform.node()} since {time.asctime()}"
-        (out / session.LOCK).write_text(holder, "utf-8")
-        yield
 
 
 def run_in(args: argparse.Namespace, overrides: dict, out: Path) -> list[dict]:
@@ -123,7 +112,7 @@ def run_seeds(args: argparse.Namespace, each: dict[int, dict], out: Path) -> Non
         try:
             if folder in others:
                 copy_once(first, folder, *DECIDED_BY_SEED)
-            with hold(folder):
+            with session.hold(folder / session.LOCK, f"OUT {folder}"):
                 measured.append(run_in(args, each[seed], folder))
         except (ValueError, OSError, RuntimeError) as error:
             raise RuntimeError(f"seed {seed}: {error}") from error

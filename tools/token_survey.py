@@ -11,12 +11,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from atlas_lib import template
-from atlas_lib.loss_mask import labelling
-from atlas_lib.loss_mask.sentinels import judged
+from atlas_lib.config import load_config
+from atlas_lib.loss_mask.audit import Auditor
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import ChatTemplate
 from tools import npm_tokenizers
-from tools.judge_template import Judge, StandIn, Verdict, trl_markers
+from tools.judge_template import Judge, StandIn, Verdict
 
 CONVERSATIONS = 500  # of each family, shared equally by the kinds that its template renders
 OWN = "its own"
@@ -50,10 +50,6 @@ ROWS_EXPLAINED = {  # why rows differ, by family
         "quotes the usual stop token seems to end there by prefixes."
     ),
 }
-COUNTED = (  # over the training rows of a family
-    *("rows", "responses", "tokens", "supervised", "straddling", "other_prompts"),
-    *("judged_by_both", "rows_that_differ"),
-)
 STRIPPING = ("phi3",)  # templates whose published tokens swallow the whitespace that follows
 
 
@@ -62,7 +58,7 @@ class Counts:
     """What is counted over the conversations of a family."""
 
     statuses: Counter = field(default_factory=Counter)
-    tokens: Counter = field(default_factory=Counter)  # by COUNTED
+    tokens: Counter = field(default_factory=Counter)  # over the training rows
     trl: Counter = field(default_factory=Counter)
     beyond: Counter = field(default_factory=Counter)  # by the text of what TRL trains
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -96,53 +92,48 @@ def add_markers(tokenizer: PreTrainedTokenizerBase, text: str, rstrip: bool) -> 
 
 def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     chat_template, counts = ChatTemplate(tokenizer), Counts()
-    judge, markers = Judge(chat_template), trl_markers(chat_template.text)
+    auditor = Auditor(chat_template, load_config("sft_qwen05b"), "survey")
+    judge = Judge(chat_template)
     shapes = judge.shapes()
     for number, (kind, shape) in enumerate(shapes.items()):
         count = (CONVERSATIONS + number) // len(shapes)
         for verdict in judge.verdicts(kind, count, shape):
             counts.statuses[verdict.status] += 1
-            if verdict.rows:
-                compare(verdict, chat_template, counts)
-            if markers and len(verdict.rows) == 1:
-                compare_with_trl(verdict, chat_template, markers[1], counts)
+            compare(verdict, auditor, counts)
+    trl = {**counts.trl, "beyond": dict(counts.beyond.most_common(5))}
     return {
         "kinds": list(shapes),
         "stop": chat_template.ending.stop,
         "eos": tokenizer.eos_token,
         "conversations": counts.statuses.total(),
         "statuses": dict(counts.statuses),
-        **{name: counts.tokens[name] for name in COUNTED},
+        **counts.tokens,
         "differences": counts.differences[:5],
-        "trl": {**counts.trl, "beyond": dict(counts.beyond.most_common(5))} if markers else None,
+        "trl": trl if auditor.trl_template else None,
     }
 
 
-def compare(verdict: Verdict, chat_template: ChatTemplate, counts: Counts) -> None:
-    """Count the tokens of a conversation's rows, and those that the two methods disagree on."""
-    tokenizer = chat_template.tokenizer
-    rows = tokenise(tokenizer, chat_template, verdict.rows)
+def compare(verdict: Verdict, auditor: Auditor, counts: Counts) -> None:
+    """Count the tokens of a conversation's rows, and those that two methods disagree on."""
+    rows = tokenise(auditor.template, verdict.rows)
     for row, opinion in zip(rows, verdict.opinions, strict=True):
-        by_prefixes = row.prefixes()
+        by_prefixes, masks = row.prefixes(), auditor.references(row, opinion)
+        wrong = np.flatnonzero(masks.get("sentinels", by_prefixes) != by_prefixes)
         counts.tokens.update(
             rows=1,
             responses=len(row.ranges),
             tokens=len(row.ids),
             supervised=int(by_prefixes.sum()),
             straddling=row.straddling(),
-            other_prompts=other_prompts(row, tokenizer),
-            judged_by_both=int(judged(row.row, opinion)),
+            other_prompts=other_prompts(row, auditor.template.tokenizer),
+            judged_by_both=int("sentinels" in masks),
+            rows_that_differ=int(wrong.size > 0),
         )
-        if judged(row.row, opinion):
-            added = np.isin(row.ids, chat_template.added_ids)
-            spans = opinion.spans.values()
-            wrong = np.flatnonzero(
-                labelling.mask_of_spans(spans, row.offsets, added) != by_prefixes
-            )
-            if wrong.size:
-                counts.tokens["rows_that_differ"] += 1
-                tokens = [tokenizer.decode(row.ids[at]) for at in wrong]
-                counts.differences.append({"text": row.row.text[-300:], "tokens": tokens[:8]})
+        if wrong.size:
+            tokens = [auditor.decode(row.ids[at]) for at in wrong]
+            counts.differences.append({"text": row.row.text[-300:], "tokens": tokens[:8]})
+        if auditor.trl_template and len(verdict.rows) == 1:
+            compare_with_trl(row, auditor, counts)
 
 
 def other_prompts(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -156,17 +147,12 @@ def other_prompts(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> int:
     return wrong
 
 
-def compare_with_trl(
-    verdict: Verdict, chat_template: ChatTemplate, markers: str, counts: Counts
-) -> None:
+def compare_with_trl(row: TokenRow, auditor: Auditor, counts: Counts) -> None:
     """Count the tokens that TRL's markers train beyond the responses of a whole conversation."""
-    tokenizer = chat_template.tokenizer
-    [row] = tokenise(tokenizer, chat_template, verdict.rows)
-    text, spans = chat_template.render_marked(row.row, markers)
-    if text != row.row.text:
+    trained, wanted = auditor.trl_mask(row), row.prefixes()
+    if not trained.any():
         counts.trl["rows_with_another_text"] += 1
         return
-    trained, wanted = labelling.mask_of_spans(spans, row.offsets), row.prefixes()
     beyond = np.flatnonzero(trained & ~wanted)
     counts.trl.update(
         rows=1,
@@ -174,4 +160,4 @@ def compare_with_trl(
         tokens_beyond=len(beyond),
         tokens_missing=int((wanted & ~trained).sum()),
     )
-    counts.beyond.update(tokenizer.decode(row.ids[at]) for at in beyond)
+    counts.beyond.update(auditor.decode(row.ids[at]) for at in beyond)

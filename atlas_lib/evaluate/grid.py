@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts, bootstrap, devices, models, sources
+from atlas_lib import artifacts, bootstrap, devices, models, session, sources
 from atlas_lib.bootstrap import CONFIGS
 from atlas_lib.devices import Device
 from atlas_lib.evaluate import adapter_check, benchmarks, checkers, decoding, responses
@@ -233,7 +233,7 @@ def main() -> None:
     for name in names:
         collect = collector(name, config, device, adapter, prompts, Path(out))
         for row in rows_of(config):
-            with contextlib.suppress(responses.BusyError):
+            with contextlib.suppress(session.BusyError):
                 collect(*row)
 
 

@@ -11,11 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-
-class BusyError(ValueError):
-    """Another process is writing the same responses."""
+from atlas_lib import artifacts, session
 
 
 def collect_responses(
@@ -32,24 +28,15 @@ def collect_responses(
     each of them. It is not called if nothing is missing, so it is the place to load a model.
     Raises BusyError if another process writes the file.
     """
-    made_from = made_from | {"prompts_sha256": _hash([p["prompt"] for p in prompts])}
-    path = folder / f"{name}-{_hash(made_from)[:12]}.jsonl"
+    asked = json.dumps([prompt["prompt"] for prompt in prompts])
+    made_from = made_from | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}
+    path = folder / f"{name}-{artifacts.digest(made_from)}.jsonl"
     if len(read_responses(path)) < len(prompts):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # The lock ends with the process, however that ends.
-            with filelock.FileLock(path.with_suffix(".lock"), blocking=False):
-                _generate(path, made_from, prompts, generate_missing)
-        except filelock.Timeout:
-            raise BusyError(
-                f"{path} is being written by another process; wait for it to end, or stop it."
-            ) from None
+        with session.hold(path.with_suffix(".lock"), str(path)):
+            _generate(path, made_from, prompts, generate_missing)
     found = read_responses(path)
     return [found[i] for i in range(len(prompts))]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _generate(path: Path, made_from: dict, prompts: list[dict], generate_missing: Callable) -> None:

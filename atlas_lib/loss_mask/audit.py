@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atlas_lib import artifacts, data, models, stages, template
-from atlas_lib.loss_mask import labelling
-from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, missing
+from atlas_lib import artifacts, models, stages
+from atlas_lib.data_prep import subset
+from atlas_lib.loss_mask import labelling, markers
+from atlas_lib.loss_mask.sentinels import Leaf, Opinion, Sentinels, judged, left_out
 from atlas_lib.loss_mask.token_rows import TokenRow, tokenise
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Turn
 from atlas_lib.schema import Config
 
+Judged = tuple[dict, list[TokenRow], list[Opinion | None]]  # of one conversation
 AUDIT_ROWS = "sft_template_audit.jsonl"
 PER_ROW = ("n_tokens", "n_supervised", "n_supervised_by_trl", "straddling", "training_rows")
 COUNTED = (
@@ -29,52 +31,41 @@ COUNTED = (
 
 
 def audit_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    conversations: Iterable[Chat],
-    config: Config,
-    split: str = "train",
+    chat_template: ChatTemplate, conversations: Iterable[Chat], config: Config, split: str = "train"
 ) -> Iterator[dict]:
     """Yield one row per conversation, with the fields of sft_template_audit.jsonl.
 
-    If `tokenizer` has a template with markers and `chat_template` the same without, transformers
-    makes the mask from the markers; otherwise training rows are made by prefixes. Prefixes,
-    sentinels and (with markers) the grammar of ChatML must agree on every token.
+    If the tokenizer's template is marked, transformers makes the mask from the markers; otherwise
+    training rows are made by prefixes. Prefixes, sentinels and (with markers) the grammar of ChatML
+    must agree on every token.
     """
-    if tokenizer.eos_token != chat_template.ending.stop:
+    stop, eos_token = chat_template.ending.stop, chat_template.tokenizer.eos_token
+    if eos_token != stop:
         raise ValueError(
-            f"Responses end with {chat_template.ending.stop!r}, but the tokenizer's eos token is "
-            f"{tokenizer.eos_token!r}, at which decoding stops: set model.eos_token."
+            f"Responses end with {stop!r}, but the tokenizer's eos token is {eos_token!r}, at "
+            "which decoding stops: set model.eos_token."
         )
-    auditor = Auditor(tokenizer, chat_template, config, split)
+    auditor = Auditor(chat_template, config, split)
     return (record for record, _, _ in auditor.judge(conversations))
 
 
 class Auditor:
     """What the rows of one audit share, and how one of them is judged."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: ChatTemplate,
-        config: Config,
-        split: str = "train",
-    ):
+    def __init__(self, chat_template: ChatTemplate, config: Config, split: str = "train"):
+        tokenizer = chat_template.tokenizer
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.tokenizer, self.template, self.config = tokenizer, chat_template, config
-        self.marked = tokenizer.chat_template != chat_template.text
-        self.trl_template = template.marked_for_trl(chat_template.text)
+        self.template, self.config = chat_template, config
+        _, self.trl_template = markers.trl_markers(chat_template.text)
         self.sentinels = Sentinels(chat_template)
         self.limit = config.train.max_length or sys.maxsize  # None: TRL truncates nothing
         self.special = chat_template.special
         self.special_ids = set(tokenizer.convert_tokens_to_ids(special))
-        known = data.known_rows(config) if split == "train" else []
+        known = subset.known_rows(config) if split == "train" else []
         self.known_lengths = {row["idx"]: row["n_tokens"] for row in known}
         self.decode = cache(tokenizer.decode)
 
-    def judge(
-        self, conversations: Iterable[Chat | dict]
-    ) -> Iterator[tuple[dict, list[TokenRow], list[Opinion | None]]]:
+    def judge(self, conversations: Iterable[Chat | dict]) -> Iterator[Judged]:
         """The audit's row of each conversation, its training rows and the sentinels' opinions.
 
         A conversation is a list of messages, or a dict with `messages` and `tools`.
@@ -83,11 +74,9 @@ class Auditor:
         while batch := list(islice(numbered, 64)):
             yield from self._batch([(idx, *with_tools(given)) for idx, given in batch])
 
-    def _batch(self, batch: list[tuple[int, Chat, list[dict] | None]]) -> Iterator[tuple]:
+    def _batch(self, batch: list[tuple[int, Chat, list[dict] | None]]) -> Iterator[Judged]:
         found = [(idx, chat, *self.training_rows(idx, chat, tools)) for idx, chat, tools in batch]
-        tokens = tokenise(
-            self.tokenizer, self.template, [row for *_, rows, _ in found for row in rows]
-        )
+        tokens = tokenise(self.template, [row for *_, rows, _ in found for row in rows])
         for idx, chat, turns, rows, problem in found:
             of_chat = list(islice(tokens, len(rows)))
             opinions = [self.sentinels.judge(row.row) for row in of_chat]
@@ -106,7 +95,7 @@ class Auditor:
             rows = self.template.rows(chat, turns, tools)
         except ValueError as error:
             return turns, [], str(error)
-        if self.marked and len(rows) > 1:
+        if self.template.marked and len(rows) > 1:
             return turns, [], "the marked template cannot train one row per turn"
         return turns, rows, None if rows else "no assistant turn found"
 
@@ -185,7 +174,7 @@ class Auditor:
         written = len(self.special.findall(row.row.text))
         if written != (tokens := sum(i in self.special_ids for i in row.ids)):
             return f"{tokens} special tokens where the text has {written}"
-        dropped = missing(row.row, opinion) if opinion else _rewritten(row.row)
+        dropped = left_out(row.row, opinion) if opinion else _rewritten(row.row)
         if text := next(iter(dropped), None):
             return f"the template leaves out {text.key} of message {text.message}"
         for method, mask in {} if forged else self.references(row, opinion).items():
@@ -202,7 +191,7 @@ class Auditor:
     def references(self, row: TokenRow, opinion: Opinion | None) -> dict[str, np.ndarray]:
         """The masks of the independent methods that can judge this row."""
         spans = {"sentinels": opinion.spans.values()} if judged(row.row, opinion) else {}
-        if self.marked:
+        if self.template.marked:
             spans["the grammar of ChatML"] = labelling.assistant_spans(row.row.text)
         added = np.isin(row.ids, self.template.added_ids)
         by_offsets = {
@@ -267,15 +256,29 @@ def _counts_of(row: dict) -> dict[str, int]:
     }
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> int:
+    """The size of the vocabulary that the tokenizer shares with the base model's own tokenizer.
+
+    Raises ValueError where the two differ: an id must mean the same token to the weights.
+    """
+    own = models.tokenizer_of(config.model.base, config.model.base_revision, config)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The vocabulary of {config.model.tokenizer} is not that of {config.model.base}: ids "
+            "would mean other tokens to the weights. Name a tokenizer of the same family."
+        )
+    return len(tokenizer)
+
+
 def run_audit(config: Config, out: Path) -> Path:
     """Stage 02 without a notebook: audit the whole subset. Returns its folder."""
-    source = artifacts.require(stages.DATA_PREP, config, out, data.prepare_subset)
+    source = artifacts.require(stages.DATA_PREP, config, out, subset.prepare_subset)
     tokenizer = models.load_tokenizer(config)
-    models.check_vocabulary(tokenizer, config)
+    check_vocabulary(tokenizer, config)
     chat_template = ChatTemplate(tokenizer)
-    template.choose_supervision(tokenizer)
+    markers.choose_supervision(tokenizer)
     with artifacts.stage(stages.TEMPLATE_AUDIT, config, out, [source]) as folder:
-        rows = audit_rows(tokenizer, chat_template, data.read_subset(source), config)
+        rows = audit_rows(chat_template, subset.read_subset(source), config)
         write_audit(folder, rows, config)
     return folder
 

@@ -10,13 +10,15 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas_lib import artifacts, models, session, sources, template
+from atlas_lib import artifacts, data, models, session, sources, template
 from atlas_lib.config import load_config, parse_assignments
 from atlas_lib.loss_mask import audit, page, report
 from atlas_lib.loss_mask.turns import ChatTemplate
+from atlas_lib.schema import Config
 
 EXACT, FINDINGS, BAD_INPUT = 0, 1, 2
 
@@ -80,16 +82,20 @@ def audit_file(args: argparse.Namespace) -> int:
     for name in variables:
         if not re.search(rf"\b{re.escape(name)}\b", chat_template.text):
             raise ValueError(f"The chat template has no variable {name!r}; check --set.")
-    conversations = read_conversations(args.data)
-    auditor = audit.Auditor(tokenizer, chat_template, config)
-    found = report.examine(auditor, conversations, generation_stops(args.tokenizer, tokenizer))
+    conversations = read_conversations(config)
+    auditor = audit.Auditor(chat_template, config)
+    judged = auditor.judge(conversations)
+    if args.labels or args.html:
+        judged = list(judged)  # read more than once
+    stops = generation_stops(args.tokenizer, tokenizer)
+    found = report.examine(auditor, judged, conversations, stops)
     if args.labels:
-        found.findings += report.judge_labels(auditor, conversations, read_labels(args.labels))
+        found.findings += report.judge_labels(auditor, judged, read_labels(args.labels, config))
     print(*found.lines(), sep="\n")
     if args.json:
         artifacts.write_json(args.json, {"exact": not found.findings, **vars(found)})
     if args.html:
-        page.write_page(args.html, auditor, conversations)
+        page.write_page(args.html, auditor, judged)
     return FINDINGS if found.findings else EXACT
 
 
@@ -105,9 +111,16 @@ def generation_stops(name: str, tokenizer: Any) -> tuple[list[str], str]:
     return tokenizer.convert_ids_to_tokens(ids), "generation_config.json"
 
 
-def read_conversations(name: str) -> list[dict]:
+def read_rows(name: str, config: Config) -> Sequence[dict]:
+    """The rows of a file, or of the split `train` of a dataset."""
+    place, revision = sources.fetch(name, None, config, "dataset")
+    return data.load_rows(place, revision, "train")
+
+
+def read_conversations(config: Config) -> Sequence[dict]:
     """Rows with `messages` (and `tools`) of a local file or a dataset of the hub, checked."""
-    rows = read_rows(path) if (path := sources.locate(name)) else _rows_of_hub(name)
+    name = config.data.dataset
+    rows = read_rows(name, config)
     for number, row in enumerate(rows):
         if "messages" not in row:
             raise ValueError(
@@ -120,9 +133,9 @@ def read_conversations(name: str) -> list[dict]:
     return rows
 
 
-def read_labels(path: Path) -> list[dict]:
+def read_labels(path: Path, config: Config) -> Sequence[dict]:
     """Rows with `input_ids` and `labels`, as lists of integers."""
-    rows = read_rows(path)
+    rows = read_rows(str(path), config)
     for number, row in enumerate(rows):
         lists = [row.get(key) for key in ("input_ids", "labels")]
         if not all(isinstance(x, list) and all(type(i) is int for i in x) for x in lists):
@@ -132,26 +145,6 @@ def read_labels(path: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     return rows
-
-
-def _rows_of_hub(name: str) -> list[dict]:
-    from datasets import load_dataset
-
-    if name.endswith((".jsonl", ".parquet")):
-        raise FileNotFoundError(f"{name} does not exist.")
-    sources.check_hub(name, None, "dataset")
-    return load_dataset(name, split="train").to_list()
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl or .parquet file."""
-    if path.suffix == ".jsonl":
-        return artifacts.read_jsonl(path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    raise ValueError(f"{path} is neither .jsonl nor .parquet; convert it to one of them.")
 
 
 def _problem(messages: Any) -> str | None:

@@ -1,6 +1,6 @@
 """One self-contained HTML page that shows the rows of an audit, every token coloured."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -8,26 +8,25 @@ import jinja2
 import numpy as np
 
 from atlas_lib import artifacts, notebooks
-from atlas_lib.loss_mask.audit import Auditor
+from atlas_lib.loss_mask.audit import Auditor, Judged
 from atlas_lib.loss_mask.token_rows import TokenRow
 
 PAGE = Path(__file__).with_suffix(".html.jinja")
 PAGE_BYTES = 950_000  # bytes of a page
 
 
-def write_page(path: Path, auditor: Auditor, conversations: Iterable) -> None:
+def write_page(path: Path, auditor: Auditor, judged: Sequence[Judged]) -> None:
     """Write the page of `render_page`."""
-    artifacts.write_lines(path, [render_page(auditor, conversations, path.stem)])
+    artifacts.write_lines(path, [render_page(auditor, judged, path.stem)])
 
 
-def render_page(auditor: Auditor, conversations: Iterable, name: str) -> str:
+def render_page(auditor: Auditor, judged: Sequence[Judged], name: str) -> str:
     """The HTML text: conversations that failed first, as many as fit into PAGE_BYTES."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text("utf-8"))
     blocks: dict[bool, list[str]] = {True: [], False: []}  # those that failed, the others
-    left, judged = PAGE_BYTES - len(template.render(blocks=[], name=name).encode()), 0
-    for record, rows, opinions in auditor.judge(conversations):
-        judged += 1
+    left = PAGE_BYTES - len(template.render(blocks=[], name=name).encode())
+    for record, rows, opinions in judged:
         failed = record["verdict"] == "failed"
         if not failed and sum(map(len, blocks[False])) >= left:
             continue
@@ -42,7 +41,7 @@ def render_page(auditor: Auditor, conversations: Iterable, name: str) -> str:
         if left < 0:
             break
         shown.append(block)
-    return template.render(blocks=shown, name=name, judged=judged)
+    return template.render(blocks=shown, name=name, judged=len(judged))
 
 
 def _panels(row: TokenRow, masks: dict[str, np.ndarray], auditor: Auditor) -> list[dict]:
@@ -52,7 +51,7 @@ def _panels(row: TokenRow, masks: dict[str, np.ndarray], auditor: Auditor) -> li
     """
     ends = [0, *np.maximum.accumulate(row.offsets[:, 1]).tolist()]
     tokens = [notebooks.printable(row.row.text[start:end]) for start, end in pairwise(ends)]
-    if not auditor.marked:
+    if not auditor.template.marked:
         del masks["prefixes"]  # the rows are trained from them
     masks |= {"TRL's template": auditor.trl_mask(row)} if auditor.trl_template else {}
     names: dict[bytes, list[str]] = {}

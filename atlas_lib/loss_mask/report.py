@@ -1,19 +1,27 @@
 """The findings of an audit of any tokenizer on any conversations, and how to print them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from atlas_lib.loss_mask import labelling
-from atlas_lib.loss_mask.audit import Auditor, with_tools
+from atlas_lib.loss_mask.audit import Auditor, Judged, with_tools
 from atlas_lib.loss_mask.token_rows import TokenRow
 from atlas_lib.loss_mask.turns import STATUS, ChatTemplate
 
-SWITCHES = ("enable_thinking", "thinking", "preserve_thinking")  # switches of known templates
+# Variables of known templates that may make a row exact, with the values to try.
+SWITCHES = {
+    "enable_thinking": (False, True),
+    "thinking": (False, True),
+    "preserve_thinking": (True,),
+    "clear_thinking": (False,),
+    "truncate_history_thinking": (False,),
+    "is_training": (True,),
+}
 SHOWN_FINDINGS = 5
 
 
@@ -79,13 +87,16 @@ class Report:
 
 
 def examine(
-    auditor: Auditor, conversations: Sequence, generation_stops: tuple[list[str], str]
+    auditor: Auditor,
+    judged: Iterable[Judged],
+    conversations: Sequence,
+    generation_stops: tuple[list[str], str],
 ) -> Report:
-    """Audit `conversations` and say what to do about the findings."""
+    """What is wrong with `conversations` as `auditor` judged them, and what to do about it."""
     endings = (auditor.template.ending, auditor.template.call_ending)
     stops = tuple(dict.fromkeys(ending.stop for ending in endings))
     report = Report(stops, *generation_stops, auditor.trl_template is not None)
-    for record, rows, opinions in auditor.judge(conversations):
+    for record, rows, opinions in judged:
         where = f"row {record['idx']}"
         report.counts.update(_counts(record, rows, auditor))
         report.status.update(record["turn_status"])
@@ -94,7 +105,7 @@ def examine(
         if record["error"]:
             report.findings.append(f"{where}: {record['error']}")
         if "prompt" in record["turn_status"] and "prompt" not in report.example:
-            report.advice += _switches(auditor.template, conversations[record["idx"]])
+            report.advice += _switch_advice(auditor.template, conversations[record["idx"]])
         for status in record["turn_status"]:
             report.example.setdefault(status, where)
     report.advice += _advice(report)
@@ -127,10 +138,17 @@ def _advice(report: Report) -> Iterator[str]:
         yield "Append the stop token to the last response: only a next message would add it."
 
 
-def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
+def switches(text: str) -> Iterator[tuple[str, bool]]:
+    """The SWITCHES that the template `text` has, with each value."""
+    for name, values in SWITCHES.items():
+        if re.search(rf"\b{name}\b", text):
+            yield from ((name, value) for value in values)
+
+
+def _switch_advice(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
     """Which variables of the template would make the responses of `conversation` exact."""
     chat, tools = with_tools(conversation)
-    for name, value in product(SWITCHES, (False, True)):
+    for name, value in switches(chat_template.text):
         variables = chat_template.variables | {name: value}
         other = ChatTemplate(chat_template.tokenizer, chat_template.text, variables)
         if not any(turn.status == "prompt" for turn in other.turns(chat, tools)):
@@ -143,17 +161,13 @@ def _switches(chat_template: ChatTemplate, conversation: Any) -> Iterator[str]:
 
 
 def judge_labels(
-    auditor: Auditor, conversations: Iterable, labelled: Iterable[dict]
+    auditor: Auditor, judged: Iterable[Judged], labelled: Iterable[dict]
 ) -> Iterator[str]:
-    """What is wrong with rows of `input_ids` and `labels` made of these conversations elsewhere.
+    """What is wrong with rows of `input_ids` and `labels` made elsewhere of what was judged.
 
     Rows are matched with conversations by their ids, so that their order does not matter.
     """
-    expected = {
-        tuple(row.ids[: auditor.limit]): row
-        for _, rows, _ in auditor.judge(conversations)
-        for row in rows
-    }
+    expected = {tuple(row.ids[: auditor.limit]): row for _, rows, _ in judged for row in rows}
     matched: Counter = Counter()
     for number, given in enumerate(labelled):
         ids, labels = tuple(given["input_ids"]), np.asarray(given["labels"])

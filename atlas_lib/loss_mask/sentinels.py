@@ -86,7 +86,7 @@ def judged(row: Row, opinion: Opinion | None) -> bool:
     return opinion is not None and opinion.spans.keys() == row.spans.keys()
 
 
-def missing(row: Row, opinion: Opinion) -> list[Leaf]:
+def left_out(row: Row, opinion: Opinion) -> list[Leaf]:
     """Texts that the row should teach or show and does not; earlier reasoning may be left out."""
     return [t for t in opinion.dropped if t.message in row.spans or t.key in SHOWN]
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from atlas_lib.loss_mask import labelling
 from atlas_lib.loss_mask.turns import Chat, ChatTemplate, Row, Span
@@ -39,15 +38,14 @@ class TokenRow:
         return sum(int(self.offsets[first, 0]) < start for (first, _), (start, _) in starts)
 
 
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, rows: Sequence[Row]
-) -> Iterator[TokenRow]:
+def tokenise(chat_template: ChatTemplate, rows: Sequence[Row]) -> Iterator[TokenRow]:
     """The rows as tokens; with markers in the tokenizer's template, as transformers makes them."""
     if not rows:
         return
+    tokenizer = chat_template.tokenizer
     texts, chats = [row.text for row in rows], [row.chat for row in rows]
     masks: Iterable = [None] * len(rows)
-    if tokenizer.chat_template != chat_template.text:
+    if chat_template.marked:
         texts = tokenizer.apply_chat_template(chats, tokenize=False)
         out = tokenizer.apply_chat_template(
             chats,
@@ -68,7 +66,7 @@ def tokenise(
 
 
 def labelled(
-    tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, conversations: Iterable[Chat]
+    chat_template: ChatTemplate, conversations: Iterable[Chat]
 ) -> list[dict[str, list[int]]]:
     """Rows of `input_ids` and `labels`, not truncated, as TRL's trainer takes them.
 
@@ -78,5 +76,5 @@ def labelled(
     rows = [row for chat, turns in pairs for row in chat_template.rows(chat, turns)]
     return [
         {"input_ids": row.ids, "labels": labelling.labels_of(row.ids, row.mask)}
-        for row in tokenise(tokenizer, chat_template, rows)
+        for row in tokenise(chat_template, rows)
     ]

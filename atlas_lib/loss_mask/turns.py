@@ -94,12 +94,17 @@ class ChatTemplate:
         self.call_ending = self._probe_call_ending()
         self._tokens_of: dict[str, list[int]] = {}
 
+    @property
+    def marked(self) -> bool:
+        """Whether the tokenizer has another template now: this one with markers."""
+        return self.tokenizer.chat_template != self.text
+
     def render(
         self, chats: Sequence[Chat], prompt: bool = False, tools: list[dict] | None = None
     ) -> list[str]:
-        """The text of each chat, with the generation prompt if `prompt`."""
+        """The text of each chat without its null keys, with the generation prompt if `prompt`."""
         texts, _ = render_jinja_template(
-            [[_given(message) for message in chat] for chat in chats],
+            [[{k: m[k] for k in m if m[k] is not None} for m in chat] for chat in chats],
             tools=tools,
             chat_template=self.text,
             add_generation_prompt=prompt,
@@ -177,7 +182,7 @@ class ChatTemplate:
             prompts = self.render([chat[:i] for i in where], True, tools)
             answered = self.render([chat[: i + 1] for i in where], tools=tools)
         except RENDERING_ERRORS as error:
-            starts = (i for i in range(len(chat)) if not self._renders(chat[: i + 1], tools))
+            starts = (i for i in range(len(chat)) if not self.shows(chat[: i + 1], tools=tools))
             refused = next(starts, len(chat) - 1)
             raise ValueError(
                 f"the chat template refuses message {refused} ({chat[refused]['role']}): {error}"
@@ -188,9 +193,10 @@ class ChatTemplate:
             for i, prompt, reply in triples
         ]
 
-    def _renders(self, chat: Chat, tools: list[dict] | None) -> bool:
+    def shows(self, chat: Chat, text: str = "", tools: list[dict] | None = None) -> bool:
+        """Whether the template renders `chat`, and `text` in it."""
         try:
-            return bool(self.render([chat], tools=tools))
+            return text in self.render([chat], tools=tools)[0]
         except RENDERING_ERRORS:
             return False
 
@@ -266,11 +272,6 @@ def _turn(message: int, prompt: str, answered: str, text: str, ending: Ending) -
     else:
         status = "exact" if text.startswith(prompt + emission) else "history"
     return Turn(message, prompt, answered, emission, status)
-
-
-def _given(message: dict) -> dict:
-    """The message without keys that are null, which transformers leaves out too."""
-    return {key: value for key, value in message.items() if value is not None}
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern:

@@ -32,7 +32,7 @@ class ProgressLines(TrainerCallback):
         if "loss" in (logs or {}) and done:
             seconds, total = time.monotonic() - self.started, state.max_steps - self.first_step
             note = f", loss {float(logs['loss']):.3f}"
-            progress.say("training step", done, total, seconds, note)
+            progress.log_progress("training step", done, total, seconds, note)
 
 
 class LossGuard(TrainerCallback):

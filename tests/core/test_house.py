@@ -6,6 +6,7 @@ import house
 def test_flat_files_import_no_room_and_rooms_not_one_another():
     allowed = {
         ("sweep", "evaluate"),
+        ("loss_mask", "data_prep"),  # stage 02 builds stage 01 if it is missing
         ("sources", "standin"),
         ("ifeval", "evaluate"),
         ("audit", "loss_mask"),
@@ -26,5 +27,5 @@ def test_no_import_cycle():
 
 
 def test_the_core_stays_small():
-    assert house.lines(house.files("atlas_lib", "*.py")) <= 1_900
+    assert house.lines(house.files("atlas_lib", "*.py")) <= 1_720
     assert house.layers(house.graph()) <= 6

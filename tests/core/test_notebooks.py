@@ -22,8 +22,9 @@ from IPython.display import HTML
 from nbclient import NotebookClient
 from tiny import TINY
 
-from atlas_lib import artifacts, data, notebooks, session, stages
+from atlas_lib import artifacts, notebooks, session, stages
 from atlas_lib.config import load_config
+from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import benchmarks
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
@@ -239,7 +240,7 @@ def test_no_control_character_of_data_reaches_the_terminal(name, words, tmp_path
     given = {"data.n_samples": 1, "data.n_validation": 1, "eval.prompts_revision": None}
     given |= {"data.dataset": f"{tmp_path}/data.jsonl", "eval.prompts": f"{tmp_path}/prompts.jsonl"}
     config = load_config("sft_qwen05b", "offline", given)
-    run_cell(name, words, config=config, data=data, benchmarks=benchmarks, notebooks=notebooks)
+    run_cell(name, words, config=config, subset=subset, benchmarks=benchmarks, notebooks=notebooks)
     shown = capsys.readouterr().out
     assert repr(ESCAPE)[1:-1] in shown
     assert not {"\x1b", "\x07"} & set(shown)
@@ -259,6 +260,7 @@ WITHOUT_TRAINER = """
 import sys, pathlib
 from atlas_lib.loss_mask import audit
 from atlas_lib.config import load_config
+from atlas_lib.data_prep import subset
 audit.run_audit(load_config("sft_qwen05b", "offline", {tiny}), pathlib.Path(sys.argv[1]))
 assert not {{"trl", "peft", "bitsandbytes"}} & set(sys.modules), set(sys.modules)
 """

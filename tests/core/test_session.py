@@ -119,7 +119,7 @@ def test_a_notebook_opened_while_a_run_is_in_its_out_is_refused(tmp_path, monkey
     given = ("01_data_prep", "sft_qwen05b", "offline", str(tmp_path), {})
     notebooks.start(*given)
     assert list(tmp_path.iterdir()) == []  # alone, it holds nothing
-    with session.reserve(tmp_path):
+    with session.hold(tmp_path / session.LOCK, "OUT"):
         (tmp_path / session.LOCK).write_text("by process 7")
         assert f"OUT {tmp_path} is in use by process 7; " in refusal(notebooks.start, *given)
         monkeypatch.setenv(session.NESTED, "1")  # the run's own notebooks

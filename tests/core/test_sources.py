@@ -119,7 +119,7 @@ def test_a_pinned_revision_on_disk_needs_no_hub(kind, tmp_path, monkeypatch):
         sources.check_hub(repo, None, kind)
 
 
-# --- a source runs no code (data: test_data.py) ---------------------------------------------------
+# --- a source runs no code (data: data_prep/test_subset.py) ---------------------------------------
 
 
 @pytest.mark.parametrize("begin", ["cycler.__init__.__globals__.os", "''.__class__.__mro__[1]"])

@@ -6,8 +6,9 @@ import pytest
 from checks import refusal, run_python
 from tiny import TINY
 
-from atlas_lib import artifacts, data, notebooks, stages
+from atlas_lib import artifacts, notebooks, stages
 from atlas_lib.config import load_config
+from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import overlap
 from atlas_lib.loss_mask import audit
 from atlas_lib.sweep import definition
@@ -86,7 +87,7 @@ def configured(tmp_path, **given):
 @pytest.mark.parametrize("exclude", [False, True])
 def test_notebook_01_drops_the_overlapping_rows_on_request(exclude, tmp_path):
     config = configured(tmp_path, **{"data.exclude_overlap": exclude})
-    train, validation = data.load_subset(config)
+    train, validation = subset.load_subset(config)
     texts = [LONG, SHORT]
     overlapping = sorted({p["row"] for p in overlap.prompt_overlaps(train["messages"], texts)})
     assert overlapping
@@ -100,8 +101,8 @@ def test_notebook_01_drops_the_overlapping_rows_on_request(exclude, tmp_path):
     kept = [m for row, m in enumerate(train["messages"]) if row not in expected]
     assert card["excluded_for_overlap"] == expected
     assert card["train"]["conversations"] == len(kept)
-    assert data.read_subset(folder) == kept
-    assert data.read_subset(folder, "validation") == validation["messages"][:]
+    assert subset.read_subset(folder) == kept
+    assert subset.read_subset(folder, "validation") == validation["messages"][:]
     audited = audit.read_summary(audit.run_audit(config, tmp_path / "out"))
     assert audited["rows"] == len(kept)
 
@@ -117,7 +118,7 @@ def test_what_is_dropped_depends_on_the_prompts_and_else_the_stage_does_not(tmp_
 
 def test_without_notebook_01_the_stage_is_refused_and_nothing_is_written(tmp_path):
     config = configured(tmp_path, **{"data.exclude_overlap": True})
-    sentence = refusal(data.prepare_subset, config, tmp_path / "out")
+    sentence = refusal(subset.prepare_subset, config, tmp_path / "out")
     assert "data.exclude_overlap is applied by notebook 01_data_prep; run it first" in sentence
     assert not (tmp_path / "out").exists()
 
@@ -149,10 +150,10 @@ def test_prompts_that_cannot_be_read_stop_only_a_run_that_drops_rows(
 WITHOUT_TORCH = """
 import sys
 from atlas_lib.config import load_config
-from atlas_lib import data
+from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import overlap
 config = load_config("sft_qwen05b", "offline", {tiny})
-train, validation = data.load_subset(config)
+train, validation = subset.load_subset(config)
 prompts = overlap.evaluation_texts(config)
 overlaps = {{name: overlap.prompt_overlaps(train["messages"], prompts[name]) for name in prompts}}
 print(overlap.overlap_table(overlaps, prompts).to_string())

@@ -118,7 +118,7 @@ def test_a_file_torn_anywhere_is_mended(tmp_path, kept):
 def test_a_second_writer_is_refused_and_harms_nothing(tmp_path):
     def meanwhile(rows, on_response):
         on_response(0, response("a"))
-        with pytest.raises(ValueError, match="being written by another process"):
+        with pytest.raises(ValueError, match="is in use by process"):
             collect(tmp_path, refuse)
         shouting(rows[1:], lambda position, found: on_response(position + 1, found))
 

@@ -13,8 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from atlas_lib import artifacts, data, models, stages, template
+from atlas_lib import artifacts, models, stages, template
 from atlas_lib.config import load_config
+from atlas_lib.data_prep import subset
 from atlas_lib.loss_mask import audit, labelling
 from atlas_lib.loss_mask.turns import ChatTemplate
 
@@ -122,9 +123,7 @@ def offline(overrides: dict):
 
 def audited_rows(pair, conversations, config):
     tokenizer, original = pair
-    return list(
-        audit.audit_rows(tokenizer, ChatTemplate(tokenizer, original), conversations, config)
-    )
+    return list(audit.audit_rows(ChatTemplate(tokenizer, original), conversations, config))
 
 
 def test_audit_row_has_its_fields(pair, tiny_config):
@@ -307,7 +306,7 @@ def test_pad_equal_to_end_of_turn_is_refused(trained_tokenizer, tmp_path):
 def test_the_first_rows_must_have_the_published_lengths(pair, tiny_config, monkeypatch):
     [row] = audited_rows(pair, [CHAT], tiny_config)
     known = [{"idx": 0, "n_tokens": row["n_tokens"] + 1}]
-    monkeypatch.setattr(data, "known_rows", lambda config: known)
+    monkeypatch.setattr(subset, "known_rows", lambda config: known)
     [row] = audited_rows(pair, [CHAT], tiny_config)
     assert row["verdict"] == "failed"
     assert "tokens where" in row["error"]
@@ -328,7 +327,7 @@ def test_a_template_that_nobody_ships_is_refused_with_the_nearest():
 def test_another_vocabulary_is_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     config = offline({"model.base": str(tmp_path / "base")})
-    assert models.check_vocabulary(tokenizer, config) == len(tokenizer)
+    assert audit.check_vocabulary(tokenizer, config) == len(tokenizer)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="ids would mean other tokens"):
-        models.check_vocabulary(tokenizer, config)
+        audit.check_vocabulary(tokenizer, config)

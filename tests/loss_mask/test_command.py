@@ -205,7 +205,7 @@ def test_unusable_input_ends_with_2_and_writes_nothing(
 )
 def test_labels_must_be_there_for_every_row(prove, tokenizer, tmp_path, rows, status, found):
     tokenizer.chat_template = templates.CHATML
-    right = labelled(tokenizer, ChatTemplate(tokenizer), CHATS)
+    right = labelled(ChatTemplate(tokenizer), CHATS)
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows(right)), "utf-8")
     code, output = prove(templates.CHATML, CHATS, "--labels", file)
@@ -253,7 +253,7 @@ LABEL_FAULTS = {
 @pytest.mark.parametrize("fault", LABEL_FAULTS)
 def test_faults_in_labels_made_elsewhere_are_named(prove, tokenizer, tmp_path, fault):
     tokenizer.chat_template = templates.CHATML
-    right = labelled(tokenizer, ChatTemplate(tokenizer), CHATS)
+    right = labelled(ChatTemplate(tokenizer), CHATS)
     file = tmp_path / "labels.parquet"
     pq.write_table(pa.Table.from_pylist(right[::-1]), file)
     assert prove(templates.CHATML, CHATS, "--labels", file)[0] == 0
@@ -267,7 +267,7 @@ def test_faults_in_labels_made_elsewhere_are_named(prove, tokenizer, tmp_path, f
 
 def test_a_whole_conversation_is_not_exact_where_history_is_rewritten(prove, tokenizer, tmp_path):
     tokenizer.chat_template = templates.THINK
-    last = labelled(tokenizer, ChatTemplate(tokenizer), [CHAT])[-1]
+    last = labelled(ChatTemplate(tokenizer), [CHAT])[-1]
     ids = last["input_ids"]
     only = next(at for at in range(len(ids)) if tokenizer.decode(ids[at:]).startswith("Only"))
     file = tmp_path / "labels.jsonl"

@@ -29,7 +29,7 @@ def test_an_exact_template_trains_one_row_per_conversation(tokenizer, name):
     tokenizer.chat_template = templates.EXACT[name]
     chat_template = ChatTemplate(tokenizer)
     assert chat_template.ending.stop == "<|im_end|>"
-    [row] = labelled(tokenizer, chat_template, [CHAT])
+    [row] = labelled(chat_template, [CHAT])
     assert [turn.status for turn in chat_template.turns(CHAT)] == ["exact", "exact"]
     lead = " " if name == "brackets" else ""
     assert learned(tokenizer, row) == f"{lead}Only me.<|im_end|>{lead}Still me.<|im_end|>"
@@ -39,7 +39,7 @@ def test_a_template_that_rewrites_history_trains_one_row_per_response(tokenizer)
     chat_template = ChatTemplate(tokenizer, templates.THINK)
     assert status_of(tokenizer, templates.THINK, CHAT) == ["history", "exact"]
     tokenizer.chat_template = templates.THINK
-    first, second = labelled(tokenizer, chat_template, [CHAT])
+    first, second = labelled(chat_template, [CHAT])
     assert learned(tokenizer, first) == "<think>\n\n</think>\n\nOnly me.<|im_end|>"
     assert learned(tokenizer, second) == "<think>\n\n</think>\n\nStill me.<|im_end|>"
     prompt = tokenizer.apply_chat_template(CHAT[:4], add_generation_prompt=True)["input_ids"]
@@ -144,7 +144,7 @@ def test_both_methods_agree_on_drawn_conversations(name, trained_tokenizer):
     @given(chats)
     def agree(chat):
         rows = rows_of(chat_template, chat)
-        for tokens in tokenise(tokenizer, chat_template, rows):
+        for tokens in tokenise(chat_template, rows):
             opinion = sentinels.judge(tokens.row)
             judged.append(opinion is not None)
             if opinion is None or opinion.dropped:
@@ -163,7 +163,7 @@ def test_whitespace_that_a_special_token_swallows_is_not_learned_as_the_token(to
     templates.swallow_whitespace(tokenizer)
     tokenizer.chat_template = templates.CHATML
     chat = [CHAT[1], {"role": "assistant", "content": " spaces first"}]
-    [row] = labelled(tokenizer, ChatTemplate(tokenizer), [chat])
+    [row] = labelled(ChatTemplate(tokenizer), [chat])
     assert "<|im_start|>" not in learned(tokenizer, row)
 
 

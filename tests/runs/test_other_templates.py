@@ -80,7 +80,7 @@ def test_the_loss_is_cross_entropy_at_those_labels(kind, tmp_path, tiny_config):
     config = load_config("sft_qwen05b", "offline", kind[1])
     tokenizer = models.load_tokenizer(config)
     chats = [row["messages"] for row in corpus.conversations(3, 12, config.offline.taught)]
-    rows = labelled(tokenizer, ChatTemplate(tokenizer), chats)
+    rows = labelled(ChatTemplate(tokenizer), chats)
     arguments = SFTConfig(
         output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none", max_length=96
     )

@@ -31,5 +31,5 @@ def test_a_token_across_the_start_of_a_turn_is_supervised(tokenizer, tiny_config
     chat = [{"role": role, "content": content} for role, content in turns]
     original = tokenizer.chat_template
     template.patch_chat_template_for_assistant_mask(tokenizer)
-    [row] = audit.audit_rows(tokenizer, ChatTemplate(tokenizer, original), [chat], tiny_config)
+    [row] = audit.audit_rows(ChatTemplate(tokenizer, original), [chat], tiny_config)
     assert (row["verdict"], row["straddling"]) == ("ok", 1)

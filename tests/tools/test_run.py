@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from checks import ROOT, run_python
+from checks import ROOT, refusal, run_python
 
 from atlas_lib import artifacts, session, stages
 from atlas_lib.config import load_config
@@ -195,7 +195,7 @@ def test_a_second_run_in_the_same_out_says_who_holds_it(out):
     done = run_python("-m", "tools.run", FIRST, "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"results in {out}: notebooks, {SECOND}"
-    with session.reserve(out):
+    with session.hold(out / session.LOCK, "OUT"):
         sentence = stderr_line(run_python("-m", "tools.run", FIRST, "--out", out))
     assert sentence.startswith(f"error: OUT {out} is in use by process ")
     assert f" on {platform.node()} since " in sentence
@@ -210,15 +210,19 @@ run.main()
 """
 
 
+def enter(out: Path) -> None:
+    with session.hold(out / session.LOCK, "OUT"):
+        pass
+
+
 def test_a_run_holds_its_out_until_it_is_killed(tmp_path):
     command = [sys.executable, "-c", STAY, FIRST, "--out", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "running\n"
-        with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
-            session.reserve(tmp_path)
+        sentence = refusal(enter, tmp_path)
+        assert f"in use by process {holder.pid} on " in sentence
         holder.send_signal(signal.SIGKILL)
-    with session.reserve(tmp_path):
-        pass
+    enter(tmp_path)
 
 
 def test_a_reader_that_has_ended_stops_the_run_with_a_sentence(out):

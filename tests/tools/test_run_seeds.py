@@ -90,7 +90,7 @@ def test_the_seeds_train_different_adapters_on_one_base(repeated):
 
 def test_a_seed_that_fails_is_named_and_no_old_result_is_left(repeated):
     out = repeated[0]
-    with session.reserve(out / "seed-8"):
+    with session.hold(out / "seed-8" / session.LOCK, "OUT"):
         done = run_python(*COMMAND, "--out", out)
     assert done.returncode == 1
     [sentence] = done.stderr.splitlines()

@@ -15,6 +15,7 @@ from checks import refusal, run_python
 
 from atlas_lib import artifacts, data
 from atlas_lib.config import load_config
+from atlas_lib.data_prep import subset
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -61,7 +62,7 @@ def configured(source: Path, rows: list, n_samples: int, n_validation: int, seed
 @pytest.mark.parametrize(("seed", "n_validation"), [(42, 5), (42, 10), (7, 10)])
 def test_validation_follows_training_in_the_same_shuffle(seed, n_validation, source):
     rows = numbered(30)
-    train, validation = data.load_subset(configured(source, rows, 20, n_validation, seed))
+    train, validation = subset.load_subset(configured(source, rows, 20, n_validation, seed))
     shuffled = datasets.Dataset.from_list(rows).shuffle(seed=seed)["messages"]
     assert train["messages"] == shuffled[:20]
     assert validation["messages"] == shuffled[20 : 20 + n_validation]
@@ -71,7 +72,7 @@ def test_validation_follows_training_in_the_same_shuffle(seed, n_validation, sou
 @pytest.mark.parametrize(("n_samples", "n_validation"), [(6, 1), (1, 6), (5000, 500)])
 def test_more_rows_than_there_are_is_refused(n_samples, n_validation, source):
     config = configured(source, numbered(6), n_samples, n_validation)
-    sentence = refusal(data.load_subset, config)
+    sentence = refusal(subset.load_subset, config)
     for part in (f"{n_samples} ", f"{n_validation} ", "the 6 rows", str(source), "lower"):
         assert part in sentence
 
@@ -111,7 +112,7 @@ BAD = {
 def test_a_bad_conversation_is_named_by_its_row_and_nothing_is_written(name, source, tmp_path):
     bad, words = BAD[name]
     config = configured(source, [*numbered(5), bad], 4, 2)
-    sentence = refusal(data.prepare_subset, config, tmp_path / "out")
+    sentence = refusal(subset.prepare_subset, config, tmp_path / "out")
     assert sentence.startswith(f"{source}, row 5 (from 0): ")
     assert words in sentence
     assert not (tmp_path / "out").exists()
@@ -121,7 +122,7 @@ def test_a_bad_conversation_in_validation_is_found(source):
     rows = numbered(6)
     last = datasets.Dataset.from_dict({"n": range(6)}).shuffle(seed=42)["n"][5]
     rows[last] = {"messages": []}
-    assert f"row {last} (from 0)" in refusal(data.load_subset, configured(source, rows, 4, 2))
+    assert f"row {last} (from 0)" in refusal(subset.load_subset, configured(source, rows, 4, 2))
 
 
 # --- files and folders ----------------------------------------------------------------------------
@@ -152,6 +153,7 @@ BAD_FILES = {
     "gzip": ("chats.jsonl.gz", gzip.compress(LINE), f"line 1: not JSON Lines.*{ONE_A_LINE}"),
     "CSV": ("chats.csv", b"messages\nhello\n", f"line 1: not JSON Lines.*{ONE_A_LINE}"),
     "array": ("chats.json", b"[\n" + LINE + b"]\n", f"line 1: not JSON Lines.*{ONE_A_LINE}"),
+    "no Parquet": ("chats.parquet", LINE, "Parquet magic bytes not found"),
     "array in a line": ("chats.json", b"[" + LINE.strip() + b"]", "line 1: not JSON Lines"),
 }
 
@@ -169,7 +171,7 @@ def configured_at(place: Path, **given):
 def test_a_bad_file_is_named_with_the_line(name, tmp_path):
     file, content, words = BAD_FILES[name]
     (tmp_path / file).write_bytes(content)
-    sentence = refusal(data.load_subset, configured_at(tmp_path / file))
+    sentence = refusal(subset.load_subset, configured_at(tmp_path / file))
     assert str(tmp_path / file) in sentence
     assert re.search(words, sentence)
     assert not re.search(r"line \d+ column", sentence)  # of a line of its own
@@ -179,14 +181,14 @@ def test_a_bad_file_is_named_with_the_line(name, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(b"", b""), (b"\xef\xbb\xbf", b"\n\n")])
 def test_json_lines_are_read_from_a_file_of_any_name(before, after, name, tmp_path):
     (tmp_path / name).write_bytes(before + LINE * 6 + after)
-    assert len(data.load_subset(configured_at(tmp_path / name))[0]) == 4
+    assert len(subset.load_subset(configured_at(tmp_path / name))[0]) == 4
 
 
-@pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSON", "chats.csv", "chats.jsonl.gz"])
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.JSON", "chats.parquet", "chats.jsonl.gz"])
 def test_a_missing_file_is_named(name, tmp_path):
     config = configured_at(tmp_path / name)
     assert f"{tmp_path / name} does not exist" in refusal(
-        data.load_subset, config, kind=FileNotFoundError
+        subset.load_subset, config, kind=FileNotFoundError
     )
 
 
@@ -206,7 +208,7 @@ def test_other_keys_of_a_turn_are_left_out_whatever_their_types(source):
     rows = numbered(6)
     for note, row in zip(["x", 1, None, [2], {"a": 1}, True], rows, strict=True):
         row["messages"][0]["note"] = note
-    train, validation = data.load_subset(configured(source, rows, 4, 2))
+    train, validation = subset.load_subset(configured(source, rows, 4, 2))
     for messages in [*train["messages"], *validation["messages"]]:
         assert [turn.keys() for turn in messages] == [{"role", "content"}] * 2
 
@@ -236,7 +238,7 @@ def test_a_bad_folder_is_named_and_runs_no_code(name, tmp_path):
     files, words = BAD_FOLDERS[name]
     for file, content in files.items():
         (folder / file).write_bytes(evil.get(content, content))
-    sentence = refusal(data.load_subset, configured_at(folder, split="train"))
+    sentence = refusal(subset.load_subset, configured_at(folder, split="train"))
     assert str(folder) in sentence
     assert re.search(words, sentence)
     assert not canary.exists()
@@ -255,7 +257,7 @@ class Touching:
 def test_a_folder_may_be_named_like_a_file(tmp_path):
     folder = tmp_path / "dir.jsonl"
     artifacts.write_jsonl(folder / "train.jsonl", numbered(6))
-    train, _ = data.load_subset(configured_at(folder, split="train"))
+    train, _ = subset.load_subset(configured_at(folder, split="train"))
     assert len(train) == 4
 
 
@@ -268,27 +270,27 @@ def test_a_folder_is_read_again_when_its_content_changes(card, tmp_path):
         artifacts.write_jsonl(folder / ("rows.jsonl" if card else "train.jsonl"), rows)
         if card:
             (folder / "README.md").write_text(card, "utf-8")
-        train, _ = data.load_subset(configured_at(folder, split="train"))
+        train, _ = subset.load_subset(configured_at(folder, split="train"))
         found.append(train["messages"][0][1]["content"])
     assert found == ["0", "1", "2"]
 
 
 def test_the_prepared_stage_reads_back_as_it_was_loaded(source, tmp_path):
     config = configured(source, numbered(30), 20, 5)
-    folder = data.prepare_subset(config, tmp_path / "out")
-    train, validation = data.load_subset(config)
+    folder = subset.prepare_subset(config, tmp_path / "out")
+    train, validation = subset.load_subset(config)
     assert folder == tmp_path / "out" / "01_data_prep"
-    assert data.read_subset(folder) == data.read_subset(folder, "train") == train["messages"][:]
-    assert data.read_subset(folder, "validation") == validation["messages"][:]
+    assert subset.read_subset(folder) == subset.read_subset(folder, "train") == train["messages"][:]
+    assert subset.read_subset(folder, "validation") == validation["messages"][:]
     outputs = artifacts.check(folder, config)["outputs"]
     assert outputs.keys() == {"train.jsonl", "val.jsonl", "card.json"}
-    again = data.prepare_subset(config, tmp_path / "again")
+    again = subset.prepare_subset(config, tmp_path / "again")
     assert artifacts.check(again, config)["outputs"] == outputs
 
 
 def test_the_card_counts_turns_and_characters(source, tmp_path):
     rows = [{"messages": [SYSTEM, USER, ASSISTANT]}] * 3 + [{"messages": [USER, ASSISTANT] * 2}] * 3
-    folder = data.prepare_subset(configured(source, rows, 5, 1), tmp_path / "out")
+    folder = subset.prepare_subset(configured(source, rows, 5, 1), tmp_path / "out")
     card = json.loads((folder / "card.json").read_text("utf-8"))
     both = [card["train"], card["validation"]]
     assert card["dataset"] == str(source)
@@ -301,12 +303,12 @@ def test_the_card_counts_turns_and_characters(source, tmp_path):
 
 LOAD = """
 import sys
-from atlas_lib import data
+from atlas_lib.data_prep import subset
 from atlas_lib.config import load_config
 
 given = {"data.dataset": "team/chats", "data.revision": sys.argv[1], "data.split": "train_sft"}
 given |= {"data.n_samples": 4, "data.n_validation": 2}
-parts = data.load_subset(load_config("sft_qwen05b", "", given))
+parts = subset.load_subset(load_config("sft_qwen05b", "", given))
 print([messages[0]["content"] for part in parts for messages in part["messages"]])
 """
 

@@ -1,0 +1,1 @@
+"""What notebook 01 needs: the training subset, checked."""
