@@ -1,8 +1,16 @@
 """`Config`: the keys that a configuration may hold, with their types and ranges."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+)
 
 BY_DEVICE = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
 REFUSED = {f"train.{key}": "remove it, the hardware decides" for key in BY_DEVICE} | {
@@ -15,11 +23,20 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no conversion of types but int to float."""
+    """Base of all sections: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_boolean_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        kinds = (kind, *get_args(kind))
+        if isinstance(value, bool) and Any not in kinds and bool not in (*kinds, *map(type, kinds)):
+            raise ValueError("it should not be true or false")
+        return value
 
 
 class Run(Section):

@@ -75,13 +75,13 @@ def test_a_recipe_that_extends_nothing_or_itself_is_refused(extended, sentence, 
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"train.learning_rate": 1e-3, "lora.r": 8},
+        {"train.learning_rate": "1e-3", "lora.r": "8"},
         {"train": {"learning_rate": 1e-3}, "lora": {"r": 8}},
         '{"train.learning_rate": 0.001, "lora.r": 8}',
         "{train.learning_rate: 1e-3, lora.r: 8}",
         "train.learning_rate: 1.0e-3\nlora:\n  r: 8\n",
     ],
-    ids=["dotted", "nested", "json", "flow yaml", "block yaml"],
+    ids=["dotted texts", "nested", "json", "flow yaml", "block yaml"],
 )
 def test_set_may_be_spelled_in_many_ways(overrides):
     expected = load_config(RECIPE, "", {"train.learning_rate": 0.001, "lora.r": 8})
@@ -150,8 +150,7 @@ SEEDS = ("seed", "train.seed", "data.shuffle_seed", "offline.corpus_seed")
         ("data.n_samples", 1.5, "integer"),
         ("data.n_samples", None, "integer"),
         ("data.n_samples", 0, "greater than 0"),
-        ("data.n_samples", True, "integer"),
-        ("data.n_samples", "8", "integer"),
+        ("data.n_samples", True, "not be true or false"),
         ("data.n_validation", -1, "greater than 0"),
         ("eval.limit", 0, "greater than 0"),
         ("train.learning_rate", "fast", "number"),
@@ -161,7 +160,7 @@ SEEDS = ("seed", "train.seed", "data.shuffle_seed", "offline.corpus_seed")
         # It would train on the user's turns, which 03 refuses; to run 02 again would not help.
         *(("train.assistant_only_loss", value, "should be True") for value in (False, None)),
         ("train.lr_scheduler_kwargs", 5, "dictionary"),  # without the name of a union's member
-        ("train.save_strategy", False, "string"),  # what YAML makes of a bare `no`
+        ("train.save_strategy", False, "not be true or false"),  # what YAML makes of a bare `no`
         ("run.require_gpu", "perhaps", "boolean"),
         ("model.base", None, "string"),
         ("lora.target_modules", "q_proj", "list"),
@@ -392,7 +391,7 @@ def test_the_typed_keys_are_fields_of_trls_sftconfig():
 @pytest.mark.parametrize(
     ("key", "given", "value"),
     [
-        ("weight_decay", 1, 1.0),
+        ("weight_decay", "1e-2", 0.01),
         ("optim_args", None, None),
         ("optim", "adamw_torch", "adamw_torch"),
     ],
