@@ -74,7 +74,7 @@ ERRORS = {
     ),
     "duplicates in words": (
         {"space": {"train.learning_rate": [1e-3, "1e-3"]}},
-        "train.learning_rate is '1e-3' (str); it should be a valid number",
+        "space.train.learning_rate: some values give",
     ),
     "reversed bounds": (
         {"sampler": "tpe", "space": {"train.learning_rate": {"log_uniform": [1e-2, 1e-3]}}},
