@@ -158,8 +158,8 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "training": artifacts.read_json(run / "03_sft_train" / "summary.json"),
         "comparisons": [without_keys(row) for row in measured["comparisons"]],
         "parts": [without_keys(row) for row in measured.get("parts", [])],
-        "sensitivity": measured["sensitivity"],
-        "benchmarks": measured["benchmarks"],
+        "sensitivity": measured.get("sensitivity", {}),  # none in runs of earlier versions
+        "benchmarks": measured.get("benchmarks", {}),
     }
     rows_of_audit = (run / TEMPLATE_AUDIT / audit.AUDIT_ROWS).read_text("utf-8").split("\n")
     return {
