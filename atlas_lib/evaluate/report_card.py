@@ -50,4 +50,6 @@ def _not_run(config: Config) -> Iterator[str]:
         yield "MMLU, GSM8K and TruthfulQA (eval.guardrails is off)"
     if "ifbench" not in config.eval.benchmarks:
         yield "IFBench (eval.benchmarks)"
+    elif config.eval.other_limit:
+        yield f"IFBench beyond {config.eval.other_limit} of its prompts (eval.other_limit)"
     yield "other training seeds (`python -m tools.run --seeds`)"

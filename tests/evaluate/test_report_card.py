@@ -49,5 +49,6 @@ def test_the_model_card_ends_with_the_scores_of_the_report(results, tmp_path):
     report = (tmp_path / "report.md").read_text("utf-8")
     assert card.startswith("---\nlicense: apache-2.0\n---\n# Card\n\n## Evaluation\n\n")
     scores = card.partition("## Evaluation")[2].rpartition("\n\n")[0]
+    assert "IFBench beyond 40 of its prompts" in report
     assert scores in report and "| other types | 3 | 1 | 2 |" in scores
     assert "SFT chat against base chat: not distinguishable" in card.splitlines()[-1]
