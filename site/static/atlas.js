@@ -1,6 +1,6 @@
 // Make boxes that scroll sideways reachable by keyboard.
 function reachable() {
-  for (const box of document.querySelectorAll("pre, .table-wrapper, .scrolled, .cell_output, .math-wrapper")) {
+  for (const box of document.querySelectorAll("pre, .table-wrapper, .cell_output, .math-wrapper")) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
   }
 }
