@@ -168,7 +168,7 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "config.yaml": yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True),
         "sft_template_audit.jsonl": "\n".join([*rows_of_audit[:-1][:HEAD_ROWS], ""]),
         "sft_template_audit_summary.json": as_json(audit.read_summary(run / TEMPLATE_AUDIT)),
-        **{name: (run / name).read_text("utf-8") for name in (REPORT,) if (run / name).is_file()},
+        **({REPORT: (run / REPORT).read_text("utf-8")} if (run / REPORT).is_file() else {}),
     }, [row | measured["origin"] for row in measured["metrics"]]
 
 
