@@ -1,6 +1,6 @@
-"""Score and compare responses: the command of atlas_lib/evaluate/ifeval.py."""
+"""Score and compare responses or models: the command of atlas_lib/evaluate/command.py."""
 
-from atlas_lib.evaluate.ifeval import main
+from atlas_lib.evaluate.command import main
 
 if __name__ == "__main__":
     main()

@@ -295,11 +295,12 @@ respond = partial(
     tokenizer=tokenizer,
     prompts=prompts,
     prompt_format="chat",
-    max_new_tokens=80,
+    max_new_tokens=48,
     slots=len(prompts),
 )
 stop_id = tokenizer.eos_token_id
-trainer.add_callback(learning.KindLosses(trainer.eval_dataset, stop_id, respond))
+watch = learning.KindLosses(trainer.eval_dataset, stop_id, respond)
+trainer.add_callback(watch)
 
 # %% tags=["train"]
 with checkpoints.listening():
@@ -362,6 +363,8 @@ for number, prompt in enumerate(prompts):
     print(f"prompt  {prompt}")
     for entry in sampled:
         print(f"  step {entry['step']:>4}  {entry['sampled'][number][:300]!r}")
+share = watch.seconds / result.metrics["train_runtime"]
+print(f"these measurements and responses took {share:.1%} of the training's time")
 
 # %% [markdown]
 # ## The EOS rate

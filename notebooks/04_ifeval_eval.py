@@ -339,7 +339,7 @@ tables.type_table(primary["by_type"])
 # Where the taught types are known, the prompts are split into those whose instructions are all
 # taught and the others. The others may fall: a model that has learned to give short responses and
 # to stop no longer passes word counts and keywords by continuing to the limit. `before` and `after`
-# count the prompts that the first and the second model pass.
+# count the prompts that base and SFT pass.
 
 # %%
 known = [set(prompt["instruction_id_list"]) <= taught for prompt in prompts]
@@ -409,6 +409,8 @@ if not others:
 #
 # `metrics.json` holds one object per model and format on IFEval, each with the origin of its run.
 # Other benchmarks are in `ifeval.json`, under `benchmarks`. `report.md` is a page about the run.
+# `model_card.md` is the adapter's model card with the scores; to publish it with the adapter:
+# `hf upload <repository> model_card.md README.md`.
 
 # %%
 origin = {"digest": artifacts.config_digest(config), "commit": session.commit()}
@@ -420,6 +422,8 @@ results |= {"guardrails": guarded, "guardrails_paired": guarded_pairs}
 results |= {"benchmarks": others, "decoding_noise": noise, "origin": origin}
 
 # %%
+from atlas_lib.evaluate import report_card
+
 inputs = [trained] if trained else []
 with artifacts.stage("04_ifeval_eval", config, out, inputs, **work) as folder:
     for benchmark, rows in responses_of.items():
@@ -430,12 +434,12 @@ with artifacts.stage("04_ifeval_eval", config, out, inputs, **work) as folder:
             artifacts.write_jsonl(folder / "responses" / file, keyed)
             artifacts.write_jsonl(folder / "scores" / file, verdicts_of[benchmark][row])
     artifacts.write_lines(folder / "responses.html", [page])
+    if trained:
+        report_card.write_model_card(folder / "model_card.md", adapter / "README.md", results)
     artifacts.write_json(folder / "ifeval.json", results)
 artifacts.write_json(out / "metrics.json", [row | origin for row in metrics])
 
 # %%
-from atlas_lib.evaluate import report_card
-
 report_card.write_report(out / "report.md", out, config, results)
 
 # %% [markdown]

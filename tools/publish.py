@@ -28,6 +28,7 @@ from tools.run import cell_sources
 RESULTS = ROOT / "results"
 LARGEST = 3_000_000  # characters of a file; a page of 1 MB grows within a notebook
 HEAD_ROWS = 50
+REPORT = "report.md"
 MADE_ON = ("commit", "digest", "platform", "hardware", "versions")
 
 
@@ -158,8 +159,8 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "training": artifacts.read_json(run / "03_sft_train" / "summary.json"),
         "comparisons": [without_keys(row) for row in measured["comparisons"]],
         "parts": [without_keys(row) for row in measured.get("parts", [])],
-        "sensitivity": measured["sensitivity"],
-        "benchmarks": measured["benchmarks"],
+        "sensitivity": measured.get("sensitivity", {}),  # none in runs of earlier versions
+        "benchmarks": measured.get("benchmarks", {}),
     }
     rows_of_audit = (run / TEMPLATE_AUDIT / audit.AUDIT_ROWS).read_text("utf-8").split("\n")
     return {
@@ -167,6 +168,7 @@ def record_of(run: Path, notebooks: dict[str, Any]) -> tuple[dict[str, str], lis
         "config.yaml": yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True),
         "sft_template_audit.jsonl": "\n".join([*rows_of_audit[:-1][:HEAD_ROWS], ""]),
         "sft_template_audit_summary.json": as_json(audit.read_summary(run / TEMPLATE_AUDIT)),
+        **({REPORT: (run / REPORT).read_text("utf-8")} if (run / REPORT).is_file() else {}),
     }, [row | measured["origin"] for row in measured["metrics"]]
 
 

@@ -65,13 +65,15 @@ def assemble(source: Path) -> None:
     shutil.copytree(bootstrap.ROOT / "site", source)
     shutil.copytree(bootstrap.ROOT / "experiments", source / "experiments")
     shutil.copytree(PUBLISHED / "notebooks", source / "notebooks")
-    shutil.copy(PUBLISHED / "config.yaml", source)
+    for name in ("config.yaml", "report.md"):
+        shutil.copy(PUBLISHED / name, source)
     for path in (source / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         annotate(notebook)
         nbformat.write(notebook, path)
     values = template_values()
     values["forest"] = extract_forest(source / "static" / "forest.png")
+    extract_responses(source / "static" / "responses.html")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["visible"] = visible
     for path in source.glob("*.jinja"):
@@ -123,13 +125,25 @@ def annotate(notebook: nbformat.NotebookNode) -> None:
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}
 
 
+def outputs_of_04() -> list[nbformat.NotebookNode]:
+    """All outputs of the published notebook 04."""
+    notebook = nbformat.read(PUBLISHED / "notebooks" / "04_ifeval_eval.ipynb", as_version=4)
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
 def extract_forest(path: Path) -> str:
     """Write the forest plot of notebook 04 to `path`; returns its alternative text."""
-    notebook = nbformat.read(PUBLISHED / "notebooks" / "04_ifeval_eval.ipynb", as_version=4)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    figure = next(output for output in outputs if "image/png" in output.get("data", {}))
+    figure = next(o for o in outputs_of_04() if "image/png" in o.get("data", {}))
     path.write_bytes(base64.b64decode(figure.data["image/png"]))
     return figure.metadata["image/png"]["alt"]
+
+
+def extract_responses(path: Path) -> None:
+    """Write the page of every response, a frame of notebook 04, to `path`."""
+    shown = ("".join(o.get("data", {}).get("text/html", "")) for o in outputs_of_04())
+    frame = next(text for text in shown if "srcdoc=" in text)
+    page = html.unescape(frame.partition('srcdoc="')[2].partition('"')[0])
+    path.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

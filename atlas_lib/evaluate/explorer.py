@@ -38,7 +38,11 @@ def render_responses(
     template = jinja2.Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     types = sorted({name for prompt in prompts for name in prompt["instruction_id_list"]})
     models = [" ".join(row) for row in responses]
-    return template.render(groups=groups, types=types, models=models, primary=primary, label=label)
+    by_type = sorted(
+        primary["by_type"].items(), key=lambda row: row[1]["only_a"] - row[1]["only_b"]
+    )
+    shown = {"groups": groups, "types": types, "models": models, "by_type": by_type}
+    return template.render(shown, primary=primary, label=label)
 
 
 def _shown(prompt: dict, answered: dict[tuple[str, str], tuple[dict, dict]], limit: int) -> dict:

@@ -1,18 +1,12 @@
-"""IFEval: verdicts on responses, their summary, and the commands that score and compare files.
+"""IFEval: verdicts on responses and their summary."""
 
-python -m atlas_lib.ifeval score --prompts P.jsonl --responses R.jsonl --out scores/sft
-python -m atlas_lib.ifeval compare scores/base scores/sft
-"""
-
-import argparse
 import itertools
-import sys
 from collections import Counter
-from pathlib import Path
 
-from atlas_lib import artifacts, notebooks, sources
-from atlas_lib.evaluate import decoding, ifeval_files, significance, tables
-from atlas_lib.evaluate.checkers import MODES, ensure_punkt, score
+from atlas_lib.evaluate import decoding, significance
+from atlas_lib.evaluate.checkers import MODES, score
+
+__all__ = ["grid_metrics", "score", "summarise"]
 
 
 def summarise(verdicts: list[dict]) -> dict:
@@ -60,51 +54,3 @@ def grid_metrics(
         row = {"model": name, "format": prompt_format, **summarise([scored[i] for i in chosen])}
         rows.append(row | decoding.diagnose([given[i] for i in chosen], eos_token))
     return rows
-
-
-def _score_command(args: argparse.Namespace) -> None:
-    prompts = ifeval_files.load_prompts(args.prompts)
-    verdicts = score(prompts, ifeval_files.load_responses(args.responses, prompts))
-    summary = summarise(verdicts) | {
-        "prompts": Path(args.prompts).name,
-        "responses": f"{args.responses.name} sha256 {sources.sha256(args.responses)}",
-    }
-    if args.out:
-        artifacts.write_jsonl(args.out / ifeval_files.VERDICTS_NAME, verdicts)
-        artifacts.write_json(args.out / "summary.json", summary)
-    print(tables.score_table([summary]).to_string(header=False))
-
-
-def _compare_command(args: argparse.Namespace) -> None:
-    a, b = ifeval_files.load_verdicts(args.a), ifeval_files.load_verdicts(args.b)
-    found = {"a": args.a.name, "b": args.b.name, "n": len(a), **significance.paired(a, b)}
-    limits = {"alpha": significance.ALPHA, "clear_share": significance.CLEAR_SHARE}
-    discordant = (found["only_a"] + found["only_b"]) / len(a)
-    smallest = significance.smallest_effect(len(a), discordant, significance.ALPHA)
-    found |= limits | {"smallest_effect_points": smallest}
-    found["verdict"] = significance.verdict(found, found["mcnemar_p"], **limits)
-    if args.json:
-        artifacts.write_json(args.json, found)
-    print(notebooks.printable(tables.comparison_text(found)))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m atlas_lib.ifeval")
-    commands = parser.add_subparsers(required=True)
-    punkt = commands.add_parser("punkt", help="find or fetch nltk's English punkt_tab files")
-    punkt.set_defaults(run=lambda args: print(f"punkt_tab: {ensure_punkt()}"))
-    scoring = commands.add_parser("score", help="score a file of responses")
-    scoring.add_argument("--prompts", required=True, help=".jsonl in IFEval's schema")
-    scoring.add_argument("--responses", required=True, type=Path, help="{prompt, response} a line")
-    scoring.add_argument("--out", type=Path, help="folder for verdicts.jsonl and summary.json")
-    scoring.set_defaults(run=_score_command)
-    comparing = commands.add_parser("compare", help="test B against A on the same prompts")
-    comparing.add_argument("a", type=Path, help="verdicts.jsonl of the baseline, or its folder")
-    comparing.add_argument("b", type=Path)
-    comparing.add_argument("--json", type=Path, help="write the whole report to this file as well")
-    comparing.set_defaults(run=_compare_command)
-    args = parser.parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + notebooks.printable(str(error).replace("\n", " ")))

@@ -1,4 +1,4 @@
-"""One page about a run, from its recipe to its cost and to what was not run."""
+"""One page about a run, from its recipe to its cost, and its scores for the model card."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +10,14 @@ from atlas_lib import artifacts, stages
 from atlas_lib.evaluate import tables
 from atlas_lib.schema import Config
 
-CARD = Path(__file__).with_suffix(".md.jinja")
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+)
 
 
 def write_report(path: Path, out: Path, config: Config, results: dict[str, Any]) -> None:
     """Write the page in Markdown; `results` as in ifeval.json. Stages not in `out` are left out."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    template = environment.from_string(CARD.read_text("utf-8"))
-    text = template.render(
+    text = TEMPLATES.get_template("report_card.md.jinja").render(
         config=config,
         results=results,
         verdict=tables.verdict_line(results["comparisons"][0]),
@@ -27,6 +27,15 @@ def write_report(path: Path, out: Path, config: Config, results: dict[str, Any])
         not_run=list(_not_run(config)),
     )
     artifacts.write_lines(path, [text.rstrip("\n")])
+
+
+def write_model_card(path: Path, card: Path, results: dict[str, Any]) -> None:
+    """Write the adapter's model card, followed by the verdict and the scores of the evaluation."""
+    scores = TEMPLATES.get_template("scores.md.jinja").render(results=results)
+    verdict = tables.verdict_line(results["comparisons"][0])
+    artifacts.write_lines(
+        path, [card.read_text("utf-8").rstrip(), "", scores.rstrip(), "", verdict]
+    )
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -41,4 +50,6 @@ def _not_run(config: Config) -> Iterator[str]:
         yield "MMLU, GSM8K and TruthfulQA (eval.guardrails is off)"
     if "ifbench" not in config.eval.benchmarks:
         yield "IFBench (eval.benchmarks)"
+    elif config.eval.other_limit:
+        yield f"IFBench beyond {config.eval.other_limit} of its prompts (eval.other_limit)"
     yield "other training seeds (`python -m tools.run --seeds`)"

@@ -154,6 +154,7 @@ SEEDS = ("seed", "train.seed", "data.shuffle_seed", "offline.corpus_seed")
         ("data.n_validation", -1, "greater than 0"),
         ("eval.limit", 0, "greater than 0"),
         ("train.learning_rate", "fast", "number"),
+        ("train.learning_rate", 0, "greater than 0"),  # it would train nothing
         ("train.learning_rate", float("nan"), "number"),
         *((key, value, "") for key in BELOW_ONE for value in (-1, float("nan"), 3.69, True)),
         ("train.packing", "maybe", "boolean"),

@@ -161,6 +161,7 @@ def test_an_adapter_of_the_hub_is_checked_in_the_cache(adapter, tmp_path, monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     adapter_check.check_adapter("my/adapter", configured())
+    assert adapter_check.is_adapter("my/adapter", configured())
     assert "cannot be used" in refusal(adapter_check.check_adapter, "other/adapter", configured())
     cut(repository / "snapshots" / ("f" * 40))
     assert "cannot be used" in refusal(adapter_check.check_adapter, "my/adapter", configured())

@@ -55,7 +55,7 @@ def test_every_response_is_there_by_outcome_with_what_it_did_not_follow():
         "Neither (1)",
         "Both (0)",
     ]
-    assert found.tags.count("details") == 3
+    assert found.tags.count("details") == 3 + 1  # the prompts and the table
     assert found.texts.count("Not followed: Answer with at least 3 words.") == 4
     assert found.texts.count("base chat: passed") == 1
 

@@ -5,10 +5,12 @@ import re
 
 import pytest
 from checks import refusal
-from ifeval_cases import prompt, python, verdict, write
+from ifeval_cases import prompt, python, random_adapter, verdict, write
+from tiny import TINY
 
 from atlas_lib import artifacts
-from atlas_lib.evaluate import ifeval, ifeval_files, significance
+from atlas_lib.config import load_config
+from atlas_lib.evaluate import command, ifeval, ifeval_files, significance
 
 # --- summaries
 
@@ -89,10 +91,10 @@ GIVEN = [
 ]
 
 
-def command(capsys, *arguments):
+def run_command(capsys, *arguments):
     """(exit code, stdout, error) of `python -m atlas_lib.ifeval ...`, in this process."""
     try:
-        ifeval.main([str(argument) for argument in arguments])
+        command.main([str(argument) for argument in arguments])
     except SystemExit as error:
         return 1, capsys.readouterr().out, error.code
     return 0, capsys.readouterr().out, ""
@@ -102,7 +104,7 @@ def score_files(capsys, folder, given, asked=ASKED, out="scores"):
     prompts = write(folder, *asked)
     responses = write(folder, *given, name="responses.jsonl")
     arguments = ["--prompts", prompts, "--responses", responses, "--out", folder / out]
-    return command(capsys, "score", *arguments)
+    return run_command(capsys, "score", *arguments)
 
 
 def test_score_command_writes_what_score_returns(tmp_path, capsys):
@@ -261,7 +263,7 @@ def verdict_files(folder, only_a, only_b, n=541):
 def test_compare_command_reports_the_paired_test(tmp_path, capsys):
     a, b = verdict_files(tmp_path, 17, 37)
     report = tmp_path / "report.json"
-    code, shown, _ = command(capsys, "compare", a, b / "verdicts.jsonl", "--json", report)
+    code, shown, _ = run_command(capsys, "compare", a, b / "verdicts.jsonl", "--json", report)
     assert code == 0
     found = json.loads(report.read_text())
     theirs = significance.paired(ifeval_files.load_verdicts(a), ifeval_files.load_verdicts(b))
@@ -282,7 +284,7 @@ def test_compare_command_reports_the_paired_test(tmp_path, capsys):
 def test_score_and_compare_go_together(tmp_path, capsys):
     score_files(capsys, tmp_path, GIVEN, out="a")
     score_files(capsys, tmp_path, [row | {"response": "Tea."} for row in GIVEN], out="b")
-    code, shown, _ = command(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    code, shown, _ = run_command(capsys, "compare", tmp_path / "a", tmp_path / "b")
     assert code == 0 and "only A 0, only B 3" in shown and "won: [2, 4, 5]" in shown
 
 
@@ -308,7 +310,9 @@ def test_bad_verdicts_are_one_sentence(tmp_path, capsys, rows, error, bad_side):
     good = write(tmp_path, *GOOD, name="good.jsonl")
     bad = write(tmp_path, *rows, name="bad.jsonl")
     sides = (good, bad) if bad_side == "b" else (bad, good)
-    code, shown, message = command(capsys, "compare", *sides, "--json", tmp_path / "report.json")
+    code, shown, message = run_command(
+        capsys, "compare", *sides, "--json", tmp_path / "report.json"
+    )
     assert (code, shown, message.count("\n")) == (1, "", 0)
     assert re.search(error, message)
     assert not (tmp_path / "report.json").exists()
@@ -322,7 +326,7 @@ def test_a_folder_of_other_files_is_one_sentence(tmp_path, capsys, file, content
     (folder := tmp_path / "folder").mkdir()
     (folder / file).write_bytes(content)
     responses = write(tmp_path, *GIVEN, name="r.jsonl")
-    code, _, message = command(capsys, "score", "--prompts", folder, "--responses", responses)
+    code, _, message = run_command(capsys, "score", "--prompts", folder, "--responses", responses)
     assert (code, message.count("\n")) == (1, 0)
     assert message.startswith(f"error: {folder}"), message
 
@@ -330,13 +334,37 @@ def test_a_folder_of_other_files_is_one_sentence(tmp_path, capsys, file, content
 def test_control_characters_of_verdicts_reach_no_terminal(tmp_path, capsys):
     rows = [verdict("\x1b[31m", True, names=["\x1b]0;title\x07"])]
     a, b = (write(tmp_path, *rows, name=f"{side}.jsonl") for side in "ab")
-    code, shown, _ = command(capsys, "compare", a, b)
+    code, shown, _ = run_command(capsys, "compare", a, b)
     assert (code, "\x1b" in shown) == (0, False)
     assert r"\x1b]0;title\x07" in shown
 
 
-def test_compare_command_refuses_what_is_not_there(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none", "neither a hub id nor an existing file or folder"), (".", "no adapter_config.json")],
+)
+def test_compare_command_refuses_what_is_not_there(name, words, tmp_path, capsys):
     a, b = verdict_files(tmp_path, 1, 1, 3)
-    for sides in [(a, tmp_path / "none"), (tmp_path, b)]:
-        code, _, error = command(capsys, "compare", *sides)
-        assert code == 1 and "No such file" in error
+    for sides in [(a, tmp_path / name), (tmp_path / name, b)]:
+        code, _, error = run_command(capsys, "compare", *sides)
+        assert (code, error.count("\n")) == (1, 0) and words in error
+
+
+def test_two_models_are_evaluated_and_compared_by_one_command(tmp_path, capsys):
+    """The base and an adapter in a folder; again from the stored responses; then with a file."""
+    config = load_config("sft_qwen05b", "offline", TINY)
+    adapter = random_adapter(config, tmp_path / "adapter")
+    given = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    options = ["--overlay", "offline", "--out", tmp_path / "out", *given]
+    report, plot = tmp_path / "report.json", tmp_path / "plots" / "difference.png"
+    asked = ("compare", "embedded:base", adapter, *options, "--json", report, "--plot", plot)
+    code, shown, error = run_command(capsys, *asked)
+    assert code == 0, error
+    assert "12 prompts: " in shown and "B against A: " in shown
+    assert json.loads(report.read_text())["n"] == 12
+    assert plot.read_bytes().startswith(b"\x89PNG") and len(list(plot.parent.iterdir())) == 1
+    code, again, _ = run_command(capsys, *asked)
+    assert "to generate" in shown and "to generate" not in again and shown.endswith(again)
+    artifacts.write_jsonl(tmp_path / "b.jsonl", [verdict(key, True) for key in range(12)])
+    code, _, error = run_command(capsys, "compare", "embedded:base", tmp_path / "b.jsonl", *options)
+    assert code == 1 and "not of the same prompts" in error

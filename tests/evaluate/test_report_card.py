@@ -37,3 +37,18 @@ def test_it_holds_scores_verdict_and_what_was_not_run(results, tmp_path):
     not_run = text.split("## Not run")[1]
     assert "Instruct" in not_run
     assert "IFBench" in not_run
+
+
+def test_the_model_card_ends_with_the_scores_of_the_report(results, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n", "utf-8")
+    results["parts"] = [{"part": "other types", "n": 3, "only_a": 2, "only_b": 1}]
+    report_card.write_model_card(tmp_path / "card.md", tmp_path / "README.md", results)
+    card = (tmp_path / "card.md").read_text("utf-8")
+    config = load_config("sft_qwen05b", "offline")
+    report_card.write_report(tmp_path / "report.md", tmp_path, config, results)
+    report = (tmp_path / "report.md").read_text("utf-8")
+    assert card.startswith("---\nlicense: apache-2.0\n---\n# Card\n\n## Evaluation\n\n")
+    scores = card.partition("## Evaluation")[2].rpartition("\n\n")[0]
+    assert "IFBench beyond 40 of its prompts" in report
+    assert scores in report and "| other types | 3 | 1 | 2 |" in scores
+    assert "SFT chat against base chat: not distinguishable" in card.splitlines()[-1]

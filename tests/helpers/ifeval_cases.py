@@ -40,8 +40,8 @@ def python(code, **environment):
                           capture_output=True, text=True, timeout=300)  # fmt: skip
 
 
-def random_adapter(config, folder):
-    """The folder of a saved adapter with random weights in place of trained ones."""
+def random_adapter(config, folder, scale=0.2):
+    """The folder of a saved adapter with random weights of this SD in place of trained ones."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -53,7 +53,7 @@ def random_adapter(config, folder):
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump()))
     for parameter in (p for p in adapted.parameters() if p.requires_grad):
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=scale)
     tokenizer = models.load_tokenizer(config)
     adapters.save_adapter(adapted, folder, config, tokenizer, tokenizer.chat_template)
     return folder

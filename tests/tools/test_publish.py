@@ -73,7 +73,7 @@ def test_a_clean_run_is_published(checkout, finished, tmp_path):
     assert done.returncode == 0, done.stderr
     names = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()}
     assert names == {
-        "metrics.json", "run.json", "config.yaml",
+        "metrics.json", "run.json", "config.yaml", "report.md",
         "sft_template_audit.jsonl", "sft_template_audit_summary.json",
         *(f"notebooks/{stage}.ipynb" for stage in publish.STAGES),
     }  # fmt: skip

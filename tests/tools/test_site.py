@@ -9,6 +9,9 @@ from urllib.parse import unquote, urlparse
 import pytest
 from bs4 import BeautifulSoup
 from checks import ROOT, run_python
+from ifeval_cases import prompt
+
+from atlas_lib.evaluate import explorer, ifeval, significance
 
 SITE, SCREENSHOTS = ROOT / "build" / "site", ROOT / "build" / "screenshots"
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
@@ -200,6 +203,63 @@ def test_the_table_of_templates_is_filtered_by_repository(site, browser):
     assert "Qwen/Qwen2.5-0.5B-Instruct" in " ".join(shown.all_text_contents())
     page.get_by_label("Repository contains").fill("no such repository")
     assert shown.count() == 0
+    page.close()
+
+
+def responses_page(folder: Path) -> Path:
+    """The page of responses to three prompts: one won, one lost, one passed by both."""
+    prompts, rows = [prompt(key) for key in range(3)], [("base", "chat"), ("SFT", "chat")]
+    prompts[0] = prompt(0, ["punctuation:no_comma", "startend:quotation"], [{}, {}])
+    given = dict(zip(rows, (["a, b", "a", "a"], ['"a"', "a, b", "a"]), strict=True))
+    verdicts = {row: ifeval.score(prompts, texts) for row, texts in given.items()}
+    fields = {"n_tokens": 1, "stop": None}
+    responses = {row: [fields | {"response": t} for t in texts] for row, texts in given.items()}
+    primary = significance.compare_grid(verdicts, 0.05, 0.03)[0]
+    page = explorer.render_responses(prompts, responses, verdicts, primary, "")
+    (folder / "responses.html").write_text(page, "utf-8")
+    return folder / "responses.html"
+
+
+FILTERS = {  # ((list, choice), ...): prompts shown
+    (): 3,
+    (("outcome", "won"),): 1,
+    (("outcome", "neither"),): 0,
+    (("type", "startend:quotation"),): 1,
+    (("model", "SFT chat"),): 1,
+    (("outcome", "won"), ("model", "SFT chat")): 0,
+}
+
+
+@in_a_browser
+@pytest.mark.parametrize("scripts", [True, False])
+def test_responses_are_filtered_with_and_without_scripts(scripts, browser, tmp_path):
+    context = browser.new_context(java_script_enabled=scripts)
+    page = context.new_page()
+    page.goto(responses_page(tmp_path).as_uri())
+    prompts = page.locator("section details:visible")
+    for chosen, expected in FILTERS.items():
+        for name in ("outcome", "type", "model"):
+            choice = {"label": dict(chosen)[name]} if name in dict(chosen) else {"index": 0}
+            page.locator(f"#{name}").select_option(**choice)
+        assert prompts.count() == expected, chosen
+        if scripts:
+            assert page.locator("output").text_content() == f"{expected} of 3 prompts"
+    assert page.get_by_label("Text").is_visible() == scripts
+    context.close()
+
+
+@in_a_browser
+def test_the_types_of_instructions_are_sorted_by_any_column(browser, tmp_path):
+    page = browser.new_page()
+    page.goto(responses_page(tmp_path).as_uri())
+    page.get_by_text("By instruction type").first.click()
+    names = page.locator("tbody th")
+    assert names.all_text_contents() == ["startend:quotation", "punctuation:no_comma"]  # by net
+    for column in ("type", "type"):
+        page.get_by_role("button", name=column).click()
+    assert names.all_text_contents() == ["punctuation:no_comma", "startend:quotation"]
+    page.get_by_role("button", name="lost").click()
+    assert names.first.text_content() == "punctuation:no_comma"
     page.close()
 
 
