@@ -25,18 +25,18 @@ def check_adapter(adapter: str | Path, config: Config) -> None:
     """
     place, revision = sources.fetch(str(adapter), config.model.adapter_revision, config)
     try:
-        problem = next(_misfits(_local_folder(place, revision), config), None)
+        problem = next(_misfits(local_folder(place, revision), config), None)
     except Exception as error:  # a damaged file: peft and safetensors raise whatever they meet
         problem = f"cannot be used ({shorten(str(error).rstrip('.'), 200)})"
     if problem:
         raise ValueError(f"The adapter {adapter} {problem}.")
 
 
-def _local_folder(place: str, revision: str | None) -> Path:
+def local_folder(place: str | Path, revision: str | None) -> Path:
     """The folder itself or, for a hub id, that of the cached download of its two files."""
     from huggingface_hub import snapshot_download
 
-    if sources.locate(place) is None:
+    if sources.locate(str(place)) is None:
         place = snapshot_download(place, revision=revision, allow_patterns=[SETTINGS, WEIGHTS])
     return Path(place)
 
