@@ -31,7 +31,7 @@ FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0", "Q8_0": "F16"}
 
 def check_supported(shape: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises ValueError for an architecture or a tokenizer that is not written here."""
-    rope = (shape.rope_parameters or {}).get("rope_type", "default")
+    rope = (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")
     if shape.model_type not in ARCHITECTURES or rope != "default":
         raise ValueError(
             f"The GGUF writer knows {', '.join(ARCHITECTURES)} with default rotary positions, not "
@@ -82,6 +82,13 @@ def write_gguf(folder: Path, target: Path, quantization: str, name: str) -> None
     for kind, (_, array) in zip(plan, _tensors(folder, shape), strict=True):
         writer.write_tensor_data(encode(array, kind))
     writer.close()
+
+
+def stop_in(file: Path) -> int:
+    """The id of the stop token in a GGUF file."""
+    import gguf
+
+    return int(gguf.GGUFReader(file).fields[gguf.Keys.Tokenizer.EOS_ID].contents())
 
 
 def _add_settings(

@@ -1,6 +1,7 @@
 """Export the evaluated model: checks, files, proof. What is not proved is named `.unproven`."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -131,6 +132,7 @@ def check_export(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_packages(kinds)
     if config.eval.load_in_4bit:
         raise ValueError(
             "eval.load_in_4bit evaluates an adapter beside 4-bit weights, into which it cannot be "
@@ -144,13 +146,19 @@ def check_export(
     shape = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     if set(kinds) - {MERGED}:
         gguf_file.check_supported(shape, tokenizer)
-    if "q4_k_m" in kinds and not llama_cpp.is_installed():
-        raise ValueError(f"q4_k_m needs llama.cpp's own quantiser: `{llama_cpp.INSTALL}`.")
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(shape, trust_remote_code=False).num_parameters()
     sizes = [BYTES[kind] for kind in {"f16", *kinds} - {MERGED}] if set(kinds) - {MERGED} else []
     check_disk(folder, weights * (ITEM[device.dtype] + sum(sizes)))
     return tokenizer
+
+
+def check_packages(kinds: Sequence[str]) -> None:
+    """Raises ValueError if a package that writes one of `kinds` is not installed."""
+    if set(kinds) - {MERGED} and importlib.util.find_spec("gguf") is None:
+        raise ValueError("Exporting GGUF needs the package gguf: `pip install gguf==0.19.0`.")
+    if "q4_k_m" in kinds and not llama_cpp.is_installed():
+        raise ValueError(f"q4_k_m needs llama.cpp's own quantiser: `{llama_cpp.INSTALL}`.")
 
 
 def check_disk(folder: Path, needed: float) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 from atlas_lib import models
 from atlas_lib.devices import Device
 from atlas_lib.evaluate import checkers, decoding, significance
-from atlas_lib.export import llama_cpp
+from atlas_lib.export import gguf_file, llama_cpp
 from atlas_lib.schema import Config
 
-CHATS, PROMPTS, SCORED, CAP = 200, 20, 40, 96  # SCORED: prompts if a quantised file is scored
+CHATS, PROMPTS, SCORED, CAP = 200, 20, 40, 64  # SCORED: prompts if a quantised file is scored
 KEPT = 5  # likeliest tokens of a step that are remembered
 # Two greedy tokens are tied if the evaluated model's log p of them differ by less than this: the
 # largest differences in log p that were measured between llama.cpp and transformers, doubled.
-TIE = {"float32": 0.02, "float16": 0.02, "bfloat16": 0.2}
+TIE = {"float32": 0.05, "float16": 0.05, "bfloat16": 0.2}
 WORDS = ("hello", "wörld", "日本", "😀", "ß", " ", "  ", "\n", "\t", "\n\n", "12345")
 WORDS += (
     "it's",
@@ -181,24 +181,32 @@ def prove_merged(folder: Path, reference: Reference) -> dict[str, Any]:
     def render(chat: list[dict]) -> str:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-    def complete(ids: list[int]) -> list[int]:
-        given = torch.tensor([ids], device=device.name)
-        new = model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=CAP, do_sample=False
-        )
-        return new[0, len(ids) :].tolist()
-
     tie = TIE[device.dtype]
     return {
         "by": "transformers",
+        "stop_ids": [model.generation_config.eos_token_id, reference.stops],
         "prompts": compare_texts(reference.texts, render, reference.chats),
         "token_ids": compare_texts(
             reference.text_ids,
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             reference.texts,
         ),
-        "greedy": compare_tokens(reference, list(map(complete, reference.prompt_ids)), tie),
+        "greedy": compare_tokens(reference, _generate(model, tokenizer, reference), tie),
     }
+
+
+def _generate(model: Any, tokenizer: Any, reference: Reference) -> list[list[int]]:
+    """The new tokens of each prompt by `model.generate`, which stops as the folder's files say."""
+    batch = tokenizer.pad(
+        {"input_ids": reference.prompt_ids}, padding_side="left", return_tensors="pt"
+    ).to(model.device)
+    new = model.generate(**batch, max_new_tokens=CAP, do_sample=False)
+    new = new[:, batch["input_ids"].shape[1] :].tolist()
+    ends = [
+        next((i + 1 for i, token in enumerate(ids) if token in reference.stops), None)
+        for ids in new
+    ]
+    return [ids[:end] for ids, end in zip(new, ends, strict=True)]
 
 
 def prove_gguf(file: Path, kind: str, reference: Reference, config: Config) -> dict[str, Any]:
@@ -214,6 +222,7 @@ def prove_gguf(file: Path, kind: str, reference: Reference, config: Config) -> d
     tie = TIE[reference.device.dtype] if kind == "f16" else None
     return {
         "by": "llama.cpp of xllamacpp",
+        "stop_ids": [gguf_file.stop_in(file), reference.stops[0]],
         "prompts": compare_texts(reference.texts, server.render, reference.chats),
         "token_ids": compare_texts(reference.text_ids, server.tokenize, reference.texts),
         "greedy": compare_tokens(reference, tokens, tie),
@@ -265,6 +274,8 @@ def failures(record: dict[str, Any]) -> Iterator[str]:
     for name in ("prompts", "token_ids"):
         if first := record[name]["first_difference"]:
             yield f"{name.replace('_', ' ')} differ from the training's, first as {first}"
+    if record["stop_ids"][0] != record["stop_ids"][1]:
+        yield "the file names the stop ids {}, the evaluated model {}".format(*record["stop_ids"])
     first = record.get("before_quantising", record["greedy"])["first_difference"]
     if first and not first["tie"]:
         yield f"greedy tokens differ from the evaluated model's, first as {first}"
@@ -276,8 +287,8 @@ def failures(record: dict[str, Any]) -> Iterator[str]:
 
 def described(record: dict[str, Any]) -> list[str]:
     """The record in lines."""
-    if record["by"]:
-        greedy, lines = record["greedy"], [f"proved by {record['by']}"]
+    lines = [f"compared by {record['by']}"] if record["by"] else []
+    if greedy := record.get("greedy"):
         for name in ("prompts", "token_ids", "modelfile"):
             if found := record.get(name):
                 lines.append(f"{name}: {found['equal']} of {found['of']} chats equal")
