@@ -69,6 +69,7 @@ bench: .venv/dev.stamp  ## measure speed, memory and error rates; JSON into resu
 	@$(BIN)/python -m benchmarks.sweep --json results/bench_sweep.json
 	@$(BIN)/python -m benchmarks.rigour --json results/rigour.json
 	@$(BIN)/python -m benchmarks.seeds --json results/seeds.json
+	@$(BIN)/python -m benchmarks.export --json results/bench_export.json
 
 gpu-check: setup        ## prove or refute on your GPU what README claims, within nine minutes
 	@$(BIN)/python -m tools.gpu_check $(ARGS)

@@ -50,6 +50,8 @@ class Run(Section):
 class Output(Section):
     hub_repo: str | None
     hub_private: bool
+    export: list[Literal["merged", "f16", "q8_0", "q4_k_m"]]
+    push_export: bool
 
 
 class Model(Section):

@@ -71,6 +71,7 @@ from IPython.display import Markdown
 from atlas_lib import artifacts, compat, devices, models, notebooks, stages
 from atlas_lib.data_prep import subset
 from atlas_lib.evaluate import decoding
+from atlas_lib.export import package
 from atlas_lib.loss_mask import audit, markers, token_rows
 from atlas_lib.loss_mask.turns import ChatTemplate
 from atlas_lib.train import adapters, hub, model_card, throughput, tracking, trl_loss
@@ -79,6 +80,7 @@ config, out = notebooks.start("03_sft_train", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
 print(f"{device.name}, {device.dtype}: {device.reason}")
 repo = hub.preflight(config)  # before the training, not after it
+package.check_packages(config.output.export)
 headline = notebooks.headline()
 
 # %% [markdown]
@@ -440,6 +442,20 @@ print(f"after reloading, logits differ by {summary['reload_difference']:.1e} of 
 
 # %%
 hub.push_adapter(adapter, repo, config)
+
+# %% [markdown]
+# ## Export the model
+#
+# Off by default. `output.export` lists other forms of the model: `merged` safetensors for
+# transformers and vLLM, or GGUF (`f16`, `q8_0`, `q4_k_m`) for llama.cpp and Ollama. Each one is
+# compared with the model that notebook 04 evaluates: the text of 200 prompts, their token ids, and
+# greedy responses. What differs is named `.unproven`. `python -m tools.export` does the same later.
+
+# %%
+if config.output.export:
+    package.export_model(config, adapter, out / "export", config.output.export)
+if config.output.export and config.output.push_export:
+    hub.push_adapter(out / "export", repo, config, "export")
 
 # %% [markdown]
 # What each stage took: minutes of its last session, and the most memory of its process and GPU.

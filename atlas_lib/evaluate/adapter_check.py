@@ -25,7 +25,7 @@ def check_adapter(adapter: str | Path, config: Config) -> None:
     """
     place, revision = sources.fetch(str(adapter), config.model.adapter_revision, config)
     try:
-        folder = _local_folder(place, revision, [SETTINGS, WEIGHTS])
+        folder = local_folder(place, revision, [SETTINGS, WEIGHTS])
         problem = next(_misfits(folder, config), None)
     except Exception as error:  # a damaged file: peft and safetensors raise whatever they meet
         problem = f"cannot be used ({shorten(str(error).rstrip('.'), 200)})"
@@ -35,7 +35,7 @@ def check_adapter(adapter: str | Path, config: Config) -> None:
 
 def is_adapter(name: str, config: Config) -> bool:
     """Whether a folder or hub id holds an adapter, else a whole model. Raises ValueError."""
-    folder = _local_folder(*sources.fetch(name, None, config), [SETTINGS, "config.json"])
+    folder = local_folder(*sources.fetch(name, None, config), [SETTINGS, "config.json"])
     if (folder / SETTINGS).is_file():
         return True
     if (folder / "config.json").is_file():
@@ -43,11 +43,11 @@ def is_adapter(name: str, config: Config) -> bool:
     raise ValueError(f"{name} holds no verdicts.jsonl, no {SETTINGS} and no config.json.")
 
 
-def _local_folder(place: str, revision: str | None, files: list[str]) -> Path:
+def local_folder(place: str | Path, revision: str | None, files: list[str]) -> Path:
     """The folder itself or, for a hub id, that of the cached download of these files."""
     from huggingface_hub import snapshot_download
 
-    if sources.locate(place) is None:
+    if sources.locate(str(place)) is None:
         place = snapshot_download(place, revision=revision, allow_patterns=files)
     return Path(place)
 

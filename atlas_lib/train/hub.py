@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 PREFLIGHT_SECONDS = 10.0  # for each request of the preflight
 UPLOAD_SECONDS = 60.0  # for each request of a push, which the client repeats up to six times
-# Unfinished files, and pickles, which run code when they are loaded.
-UNPUBLISHED = ("*.part", "*.bin", "*.pt", "*.pkl")
+# Unfinished files, exports without a proof, and pickles, which run code when they are loaded.
+UNPUBLISHED = ("*.part", "*.unproven", "*.unproven/*", "*.bin", "*.pt", "*.pkl")
 TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -46,8 +46,8 @@ def preflight(config: Config, adapter: str | Path = "OUT/03_sft_train/adapter") 
     return None
 
 
-def push_adapter(folder: Path, repo: str | None, config: Config) -> None:
-    """Upload `folder` to preflight's `repo`.
+def push_adapter(folder: Path, repo: str | None, config: Config, path: str = "") -> None:
+    """Upload `folder` to preflight's `repo`, by default to its root.
 
     A failure is printed with the command that repeats the push; it does not fail the run.
     """
@@ -59,13 +59,14 @@ def push_adapter(folder: Path, repo: str | None, config: Config) -> None:
         commit = _client(token, UPLOAD_SECONDS).upload_folder(
             repo_id=repo,
             folder_path=folder,
+            path_in_repo=path,
             commit_message="Adapter trained by Atlas",
             ignore_patterns=list(UNPUBLISHED),
         )
         print(f"Hub: pushed to {commit.commit_url}")
     except Exception as error:
         print(f"Hub: the push to {repo} failed ({_reason(error, token)}). To repeat it, run:")
-        print(_command(repo, Path(folder).resolve(), config.output.hub_private))
+        print(_command(repo, Path(folder).resolve(), config.output.hub_private, path))
 
 
 def _client(token: str | None, seconds: float) -> "HfApi":
@@ -127,7 +128,7 @@ def _reason(error: Exception, token: str | None) -> str:
     return line.replace(token, "***") if token else line
 
 
-def _command(repo: str, folder: str | Path, private: bool) -> str:
+def _command(repo: str, folder: str | Path, private: bool, path: str = "") -> str:
     """The shell command that does what `push_adapter` does."""
-    words = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
+    words = ["hf", "upload", repo, str(folder), path or ".", *(["--private"] if private else [])]
     return shlex.join([*words, *(word for p in UNPUBLISHED for word in ("--exclude", p))])

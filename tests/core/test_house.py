@@ -7,6 +7,7 @@ def test_flat_files_import_no_room_and_rooms_not_one_another():
     allowed = {
         ("sweep", "evaluate"),
         ("loss_mask", "data_prep"),  # stage 02 builds stage 01 if it is missing
+        ("export", "evaluate"),  # what is exported is what is evaluated
         ("sources", "standin"),
         ("ifeval", "evaluate"),
         ("audit", "loss_mask"),

@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("data_prep", "loss_mask", "train", "evaluate", "sweep", "standin")
+ROOMS = ("data_prep", "loss_mask", "train", "evaluate", "export", "sweep", "standin")
 
 
 def files(folder: str, pattern: str = "**/*.py") -> list[Path]:
