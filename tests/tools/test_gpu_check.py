@@ -109,6 +109,27 @@ def test_a_gpu_that_cannot_be_checked_is_refused(card, words):
     assert gpu_check.refusal_of(card, dry=True) is None
 
 
+OLD_GPU = """
+import sys
+
+if "tools.gpu_measure" in sys.orig_argv:
+    import bitsandbytes, torch
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda: (6, 0)
+"""
+
+
+def test_the_reason_of_a_gpu_that_is_too_old_is_told(tmp_path):
+    """PyTorch is told, after its own start, that it has a P100."""
+    (tmp_path / "sitecustomize.py").write_text(OLD_GPU)
+    done = check(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: The GPU cannot be used: RuntimeError: The GPU is sm_60; Atlas")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_free_gpu_is_not_refused():
     assert gpu_check.refusal_of(found(T4), dry=False) is None
 
