@@ -140,12 +140,10 @@ def run_process(
     names: list[str], folder: Path, dry: bool, limit: float
 ) -> dict[str, dict[str, Any]]:
     """What one process found, which is ended, with those it has started, after `limit` seconds."""
-    # Set before any library looks for GPUs; a user's own choice comes first.
-    chosen = os.environ | {devices.VISIBLE: ""} if dry else FIRST_GPU | os.environ
     process = subprocess.Popen(
         measuring(folder, dry, names),
         cwd=bootstrap.ROOT,
-        env=chosen | SILENT,
+        env=environment(dry),
         start_new_session=True,
     )
     try:
@@ -162,6 +160,13 @@ def run_process(
         found |= artifacts.read_json(file) if file.is_file() else {}
         measured[name] = found if found.pop("done") else found | {"error": reason}
     return measured
+
+
+def environment(dry: bool) -> dict[str, str]:
+    """That of a process: one GPU, before any library looks for them; the user's choice is kept."""
+    hidden = {devices.VISIBLE: ""} if dry else {}
+    first = {} if devices.VISIBLE in os.environ else FIRST_GPU
+    return os.environ | first | hidden | SILENT
 
 
 def measuring(folder: Path, dry: bool, names: list[str]) -> list[str]:
