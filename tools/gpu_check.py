@@ -4,7 +4,8 @@
     python -m tools.gpu_check --dry           # the same code on tiny shapes, on a CPU
 
 It takes at most nine minutes and asks no hub: the weights are random, in Qwen2.5-0.5B's shape. Each
-check is a process with a time limit of its own, so that a failure does not affect the next one.
+check is a process with a time limit, so that a failure does not affect the next one; what a check
+does not need of its time, the next ones may use.
 A check fails if it ends in an error or refutes a claim. Exit codes: 0 no check failed, 1 a check
 failed, 2 there is no GPU, it is too old, or its memory is in use.
 """
@@ -24,13 +25,13 @@ from typing import Any
 
 from atlas_lib import artifacts, bootstrap, devices
 
-LIMITS = {  # seconds, with about twenty for the imports of each process
-    "card": 40,
-    "kernels": 80,
-    "memory": 90,
-    "training": 180,
+LIMITS = {  # seconds, with about twenty for the imports of each process, more for the first one
+    "card": 60,
+    "kernels": 70,
+    "memory": 80,
+    "training": 170,
     "decoding": 100,
-    "gpus": 50,
+    "gpus": 60,
 }
 NEEDED_GIB = 8.5  # a batch of the recipe without recomputing, its loss and the weights
 SILENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | bootstrap.ENVIRONMENT
@@ -122,11 +123,12 @@ def run_checks(dry: bool) -> dict[str, dict[str, Any]]:
     Exits with 2 and one sentence if there is no GPU to check.
     """
     measured: dict[str, dict[str, Any]] = {}
+    end = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
         for names in [list(LIMITS)] if dry else [[name] for name in LIMITS]:
-            left = sum(limit for name, limit in LIMITS.items() if name not in measured)
-            limit = sum(LIMITS[name] for name in names)
-            print(f"{', '.join(names)}: at most {limit} s, {left} s left in all", flush=True)
+            end += sum(LIMITS[name] for name in names)
+            limit = end - time.monotonic()
+            print(f"{', '.join(names)}: at most {limit:.0f} s", flush=True)
             measured |= run_process(names, Path(scratch), dry, limit)
             if refusal := refusal_of(measured["card"], dry):
                 print(f"error: {refusal}", file=sys.stderr)
@@ -138,18 +140,16 @@ def run_process(
     names: list[str], folder: Path, dry: bool, limit: float
 ) -> dict[str, dict[str, Any]]:
     """What one process found, which is ended, with those it has started, after `limit` seconds."""
-    # Set before any library looks for GPUs; a user's own choice comes first.
-    chosen = os.environ | {devices.VISIBLE: ""} if dry else FIRST_GPU | os.environ
     process = subprocess.Popen(
         measuring(folder, dry, names),
         cwd=bootstrap.ROOT,
-        env=chosen | SILENT,
+        env=environment(dry),
         start_new_session=True,
     )
     try:
         reason = f"its process ended with status {process.wait(limit)}"
     except subprocess.TimeoutExpired:
-        reason = f"not finished within {limit:g} seconds"
+        reason = f"not finished within {limit:.3g} seconds"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -160,6 +160,13 @@ def run_process(
         found |= artifacts.read_json(file) if file.is_file() else {}
         measured[name] = found if found.pop("done") else found | {"error": reason}
     return measured
+
+
+def environment(dry: bool) -> dict[str, str]:
+    """That of a process: one GPU, before any library looks for them; the user's choice is kept."""
+    hidden = {devices.VISIBLE: ""} if dry else {}
+    first = {} if devices.VISIBLE in os.environ else FIRST_GPU
+    return os.environ | first | hidden | SILENT
 
 
 def measuring(folder: Path, dry: bool, names: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ FOLDER holds the random weights, built by the first process that needs them, and
 figures as they are found, so that a process that is ended leaves those it had.
 """
 
+import functools
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_lib import artifacts, compat, devices, models, session
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import decoding
+from atlas_lib.evaluate import decoding, slot_cache
 from atlas_lib.train import callbacks, memory, trl_loss
 from benchmarks import train
 from benchmarks.eval import CHOICES, SPECIALS, drawn, tokenizer_for
@@ -69,8 +70,11 @@ class Task:
         rows |= {"train.gradient_accumulation_steps": self.sizes.accumulation}
         given = model | rows | {"run.require_gpu": False, "train.report_to": "none"}
         self.config = load_config("sft_qwen05b", "", given)
-        self.device = devices.choose_device(self.config)
         self.tokenizer = tokenizer_for(self.sizes.vocabulary // CHOICES)  # a word for every id
+
+    @functools.cached_property
+    def device(self) -> devices.Device:
+        return devices.choose_device(self.config)  # a refusal is the error of the measurement
 
     def build(self) -> Path:
         """The folder of the random weights, built if absent."""
@@ -149,10 +153,10 @@ def loss_error(task: Task, dtype: torch.dtype) -> dict:
 
 
 def attention_error(task: Task, dtype: torch.dtype, rows: int, queries: int, keys: int) -> float:
-    """transformers' sdpa with padding and grouped heads, where it may not build the matrix.
+    """sdpa with padding and grouped heads, as training (several queries) and decoding call it.
 
-    Against the plain kernel in float32; with gradients if there are several queries. Raises
-    RuntimeError if only the plain kernel, which builds the matrix, can do it.
+    Against the plain kernel in float32; with gradients in training. Raises RuntimeError if only the
+    plain kernel, which builds the whole matrix, can do it.
     """
     from transformers.integrations import sdpa_attention
 
@@ -167,6 +171,8 @@ def attention_error(task: Task, dtype: torch.dtype, rows: int, queries: int, key
     module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     forward, found = sdpa_attention.sdpa_attention_forward, []
+    if queries == 1:
+        forward = slot_cache.packed_attention
     for kind, allowed in ((dtype, fused), (torch.float32, SDPBackend.MATH)):
         given = [part.to(dtype).to(kind, copy=True) for part in parts]
         for tensor in given:

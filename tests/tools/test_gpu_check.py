@@ -2,12 +2,12 @@
 
 import json
 import os
-import stat
 from pathlib import Path
 
 import pytest
 from checks import ROOT, run_python
 
+from atlas_lib import devices
 from tools import gpu_check
 
 NOTICE = "nothing printed here is about a GPU"
@@ -109,6 +109,27 @@ def test_a_gpu_that_cannot_be_checked_is_refused(card, words):
     assert gpu_check.refusal_of(card, dry=True) is None
 
 
+OLD_GPU = """
+import sys
+
+if "tools.gpu_measure" in sys.orig_argv:
+    import bitsandbytes, torch
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda: (6, 0)
+"""
+
+
+def test_the_reason_of_a_gpu_that_is_too_old_is_told(tmp_path):
+    """PyTorch is told, after its own start, that it has a P100."""
+    (tmp_path / "sitecustomize.py").write_text(OLD_GPU)
+    done = check(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: The GPU cannot be used: RuntimeError: The GPU is sm_60; Atlas")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_free_gpu_is_not_refused():
     assert gpu_check.refusal_of(found(T4), dry=False) is None
 
@@ -148,6 +169,29 @@ def test_the_limits_of_the_checks_are_nine_minutes():
     assert sum(gpu_check.LIMITS.values()) <= 9 * 60
 
 
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """An nvidia-smi that lists two GPUs, first on the PATH; the user has chosen none."""
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text(f"#!{os.path.realpath('/bin/sh')}\necho 'GPU 0: A'\necho 'GPU 1: B'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in (devices.VISIBLE, devices.NARROWED):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, ["0", "1"]), ("0", ["0"]), ("1", ["1"])])
+def test_gpus_that_the_user_has_hidden_stay_hidden(chosen, used, two_gpus, monkeypatch):
+    if chosen is not None:
+        monkeypatch.setenv(devices.VISIBLE, chosen)
+    given = gpu_check.environment(dry=False)
+    assert given[devices.VISIBLE] == (chosen or "0")
+    for name in (devices.VISIBLE, devices.NARROWED):
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    assert devices.visible_gpus() == used
+
+
 def test_a_check_that_takes_too_long_is_ended(tmp_path):
     measured = gpu_check.run_process(["card"], tmp_path, dry=True, limit=0.5)
     assert measured["card"]["error"] == "not finished within 0.5 seconds"
@@ -159,15 +203,10 @@ def test_the_file_is_named_after_the_card():
 
 
 @pytest.mark.slow
-def test_a_process_on_each_gpu_computes_the_same(tmp_path, monkeypatch):
+def test_a_process_on_each_gpu_computes_the_same(tmp_path, two_gpus):
     """Two processes, each narrowed to a GPU that nvidia-smi lists; both compute on the CPU."""
     from tools import gpu_measure
 
-    stub = tmp_path / "nvidia-smi"
-    stub.write_text(f"#!{os.path.realpath('/bin/sh')}\necho 'GPU 0: A'\necho 'GPU 1: B'\n")
-    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     task = gpu_measure.Task(Path(tmp_path), dry=True)
     figures = {}
     for more in gpu_measure.every_gpu(task):
