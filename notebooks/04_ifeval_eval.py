@@ -71,7 +71,16 @@ import time
 from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, devices, models, notebooks, session
-from atlas_lib.evaluate import benchmarks, explorer, grid, guardrails, ifeval, significance, tables
+from atlas_lib.evaluate import (
+    bandwidth,
+    benchmarks,
+    explorer,
+    grid,
+    guardrails,
+    ifeval,
+    significance,
+    tables,
+)
 
 config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
@@ -195,7 +204,7 @@ adapter = config.model.adapter or trained / "adapter"
 stored, started = grid.stored_tokens(out), time.monotonic()
 responses_of = grid.generate_all(config, device, adapter, prompts_of, out)
 seconds, tokens = time.monotonic() - started, grid.stored_tokens(out) - stored
-work = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+work = bandwidth.decoding_work(config, device, prompts_of, responses_of, tokens, seconds)
 
 # %%
 verdicts_of = {
@@ -445,7 +454,8 @@ report_card.write_report(out / "report.md", out, config, results)
 # %% [markdown]
 # What each stage took: minutes of its last session, and the most memory of its process and GPU.
 # `seconds` and `tokens` are those of training and of generating; of the responses, only those of
-# this session are counted.
+# this session are counted. On a GPU, the shares compare training with the rate of a matrix
+# multiplication and decoding with that of a copy, both measured there.
 
 # %%
 notebooks.ledger(out)

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_lib import artifacts, compat, devices, models, session
 from atlas_lib.config import load_config
-from atlas_lib.evaluate import decoding, slot_cache
+from atlas_lib.evaluate import bandwidth, decoding, slot_cache
 from atlas_lib.train import callbacks, memory, trl_loss
 from benchmarks import train
 from benchmarks.eval import CHOICES, SPECIALS, drawn, tokenizer_for
@@ -313,8 +313,8 @@ def responses(task: Task) -> Iterator[dict]:
     seconds = train.now(device) - started
     _, peak = train.in_use(device)
     tokens = [response["n_tokens"] for response in found]
-    rate = copy_rate(device, sizes.copied_bytes)
-    least, copying = least_bytes(model, prompts, tokens)
+    rate = bandwidth.copy_rate(device, sizes.copied_bytes)
+    least, copying = bandwidth.least_bytes(model, list(map(len, prompts)), tokens)
     yield {
         "prompts": sizes.prompts,
         "new_tokens_at_most": sizes.new_tokens,
@@ -345,35 +345,6 @@ def float32_sample(task: Task) -> tuple[Any, list[str], list[str]]:
     texts = task.tokenizer.batch_decode(prompts[: task.sizes.compared])
     found = decoding.generate(model, task.tokenizer, texts, "raw", task.sizes.compared_tokens)
     return model, texts, [response["response"] for response in found]
-
-
-def copy_rate(device: devices.Device, size: int) -> float:
-    """The best of five large copies, in bytes read and written a second."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device.name)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(5):
-        started = train.now(device)
-        target.copy_(source)
-        best = min(best, train.now(device) - started)
-    return 2 * size / best
-
-
-def least_bytes(model: Any, prompts: list[list[int]], tokens: list[int]) -> tuple[int, int]:
-    """Bytes that decoding must touch with all rows in one batch; the same with repeated keys.
-
-    A step reads the weights once and every row's keys and values once. Repeating them for the query
-    heads that share them writes and reads a copy for each head.
-    """
-    shape = model.config
-    width = shape.hidden_size // shape.num_attention_heads
-    a_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width
-    held = sum(
-        n * len(prompt) + n * (n - 1) // 2 for prompt, n in zip(prompts, tokens, strict=True)
-    )
-    weights = model.num_parameters() * max(tokens)
-    copies = 2 * shape.num_attention_heads // shape.num_key_value_heads
-    size = model.dtype.itemsize
-    return (weights + held * a_token) * size, (weights + held * a_token * (1 + copies)) * size
 
 
 def every_gpu(task: Task) -> Iterator[dict]:
