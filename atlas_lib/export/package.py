@@ -48,16 +48,20 @@ def export_model(config: Config, adapter: str | Path, folder: Path, kinds: Seque
     count = proof.SCORED if {"q8_0", "q4_k_m"} & set(kinds) else proof.PROMPTS
     reference = proof.observe(model, tokenizer, text, dev_prompts(config, count), device)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-        merged = Path(scratch) / MERGED
-        save_merged(model, tokenizer, merged, config, adapter)
-        del model
-        found = {}
-        for kind in dict.fromkeys(kinds):
-            path, record = export_kind(kind, merged, config, reference)
-            found[path] = record | {"failures": list(proof.failures(record))}
-        for path, record in found.items():
-            place(path, folder, record)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+            merged = Path(scratch) / MERGED
+            save_merged(model, tokenizer, merged, config, adapter)
+            del model
+            found = {}
+            for kind in dict.fromkeys(kinds):
+                path, record = export_kind(kind, merged, config, reference)
+                found[path] = record | {"failures": list(proof.failures(record))}
+            for path, record in found.items():
+                place(path, folder, record)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing was exported
     return all(not record["failures"] for record in found.values())
 
 
@@ -107,6 +111,8 @@ def place(path: Path, folder: Path, record: dict[str, Any]) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     path.rename(folder / name)
+    if record["kind"] != MERGED:
+        (folder / MODELFILE).unlink(missing_ok=True)  # of an earlier export
     ollama = path.with_name(f"{MODELFILE}-{path.stem}")
     if ollama.exists() and not record["failures"]:
         ollama.replace(folder / MODELFILE)

@@ -147,6 +147,25 @@ def test_what_is_not_proved_is_named_so(merged, tmp_path, capsys):
     assert artifacts.read_json(target / "export.json")["merged"]["file"] == "merged.unproven"
 
 
+@LLAMA
+def test_a_template_that_llama_cpp_cannot_render_is_refused_and_nothing_written(
+    config, adapter, tmp_path
+):
+    """Python's Jinja knows the method; llama.cpp's does not."""
+    template = tmp_path / "template.jinja"
+    text = models.load_tokenizer(config).chat_template
+    template.write_text("{%- set x = 'a'.casefold() -%}" + text, "utf-8")
+    given = load_config(
+        "sft_qwen05b",
+        "offline",
+        TINY | {"model.base": config.model.base, "model.chat_template": str(template)},
+    )
+    out = tmp_path / "out"
+    message = refusal(package.export_model, given, adapter, out, ["f16"])
+    assert message.startswith("llama.cpp")
+    assert not out.exists()
+
+
 def test_a_near_tie_is_named_with_its_gap_and_not_a_failure(exported):
     reference = exported[1]
     step = dict(sorted(reference.best[0][0].items(), key=lambda pair: -pair[1]))

@@ -254,6 +254,18 @@ def test_the_hub_receives_the_folder_and_nothing_else(adapter, hub, client):
     assert hub.private == {"alice/adapter": True}
 
 
+def test_an_export_goes_into_a_folder_of_its_own_and_what_is_unproven_stays(hub, client, tmp_path):
+    proved = {"export.json": b"{}", "model-f16.gguf": b"GGUF"}
+    unproven = {"model-q8_0.gguf.unproven": b"GGUF", "merged.unproven/config.json": b"{}"}
+    for name, content in (proved | unproven).items():
+        (tmp_path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "export" / name).write_bytes(content)
+    hub.hold("alice/adapter", private=True)
+    push = "hub.push_adapter(pathlib.Path('export'), 'alice/adapter', config, 'export')"
+    assert lines(client(push))[-1].startswith("Hub: pushed to")
+    assert hub.files == {"alice/adapter": {f"export/{name}": c for name, c in proved.items()}}
+
+
 REASONS = {
     "no commit": "500 planted: no commit",
     "silent commit": "timed out",
