@@ -311,5 +311,5 @@ def test_smollm2_is_exported_and_proved(kind, tmp_path):
     smollm2.build_model(base)
     local = {"model.base": str(base), "model.tokenizer": str(base), "model.chat_template": None}
     config = load_config("sft_qwen05b", "smollm2", local)
-    adapter = random_adapter(config, tmp_path / "adapter")
+    adapter = random_adapter(config, tmp_path / "adapter", scale=0.02)  # it still ends turns
     assert package.export_model(config, adapter, tmp_path / "out", [kind])
