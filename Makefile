@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(BIN)/python -m tools.run
-# Two processes of about 3 GB each; a file's tests share what they have built.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of about 3 GB each; a file's tests share what they have built. Files start in the
+# order of testpaths, the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := run
 .PHONY: setup run run-real sft-smoke sft eval test test-all lint notebooks kernels \
   sweep publish survey site bench gpu-check clean damaged

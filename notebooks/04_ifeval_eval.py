@@ -71,16 +71,7 @@ import time
 from IPython.display import Markdown, display
 
 from atlas_lib import artifacts, devices, models, notebooks, session
-from atlas_lib.evaluate import (
-    bandwidth,
-    benchmarks,
-    explorer,
-    grid,
-    guardrails,
-    ifeval,
-    significance,
-    tables,
-)
+from atlas_lib.evaluate import benchmarks, explorer, grid, guardrails, ifeval, significance, tables
 
 config, out = notebooks.start("04_ifeval_eval", CONFIG, OVERLAY, OUT, SET)
 device = devices.choose_device(config)
@@ -201,6 +192,8 @@ adapter = config.model.adapter or trained / "adapter"
 # each takes the next model and format that no other GPU has taken.
 
 # %% tags=["generate"]
+from atlas_lib.evaluate import bandwidth
+
 stored, started = grid.stored_tokens(out), time.monotonic()
 responses_of = grid.generate_all(config, device, adapter, prompts_of, out)
 seconds, tokens = time.monotonic() - started, grid.stored_tokens(out) - stored

@@ -99,4 +99,5 @@ def test_float16_responses_are_evaluated(whole):
     assert ledger["tokens"] == sum(row["n"] * row["mean_length"] for row in metrics)
     assert {*ledger} == {
         "minutes", "process_gib", "gpu_gib", "seconds", "tokens", "tokens_per_second",
+        "share_of_bandwidth",
     }  # fmt: skip
