@@ -14,8 +14,12 @@ from tools.npm_tokenizers import tokenizer_cache, tokenizer_folder
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("network") and os.environ.get("ATLAS_TEST_DOWNLOADS") != "1":
+    if os.environ.get("ATLAS_TEST_DOWNLOADS") == "1":
+        return
+    if item.get_closest_marker("network"):
         pytest.skip("NOT TESTED: it downloads from a package registry, as `make test-all` may")
+    if item.get_closest_marker("long"):
+        pytest.skip("NOT TESTED: a long variant of another test, which `make test-all` runs")
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,14 @@ from atlas_lib.standin import corpus, tiny_model
 KINDS = {"ChatML": templates.CHATML, "brackets": templates.BRACKETS, "think": templates.THINK}
 
 
-@pytest.fixture(params=[*KINDS, "whitespace is swallowed"])
+@pytest.fixture(
+    params=[
+        "brackets",
+        "think",
+        pytest.param("ChatML", marks=pytest.mark.long),
+        pytest.param("whitespace is swallowed", marks=pytest.mark.long),
+    ]
+)
 def kind(request, tmp_path, tiny_config):
     """(name, SET of a run with that template)."""
     from transformers import AutoTokenizer

@@ -175,7 +175,7 @@ def start_tiny(out: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen([*command, *TINY_ARGS, *arguments], cwd=ROOT, **pipes)
 
 
-@pytest.mark.parametrize("seconds", [0, 14])
+@pytest.mark.parametrize("seconds", [0, pytest.param(14, marks=pytest.mark.long)])
 def test_of_two_runs_in_one_out_one_ends_and_the_other_names_it(seconds, tmp_path):
     runs = []
     for _ in range(2):

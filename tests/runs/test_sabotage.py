@@ -62,6 +62,7 @@ def shuffled(tmp_path_factory):
     return folder / "out", *run(folder / "out", PRIMARY | given)
 
 
+@pytest.mark.long
 def test_responses_of_other_conversations_teach_no_following(shuffled):
     out, printed, found = shuffled
     assert found["verdict"] in NO_GAIN
@@ -70,6 +71,7 @@ def test_responses_of_other_conversations_teach_no_following(shuffled):
     assert metrics[1]["eos_rate"] > 0.5 > metrics[0]["eos_rate"]  # what can be learned is
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [0.1, 0.2])
 def test_a_random_adapter_is_no_gain(scale, shuffled, tmp_path):
     config = load_config("sft_qwen05b", "offline", PRIMARY)

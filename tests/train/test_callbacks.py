@@ -361,13 +361,8 @@ LONGER = TINY | {
     "run.checkpoint_minutes": 0,
     "train.logging_steps": 1,
 }
-ORDERS = {
-    "two epochs, random order": {
-        "train.num_train_epochs": 2,
-        "train.gradient_accumulation_steps": 2,
-    },
-    "grouped by length": {"train.train_sampling_strategy": "group_by_length"},
-}
+TWO_EPOCHS = {"train.num_train_epochs": 2, "train.gradient_accumulation_steps": 2}
+BY_LENGTH = {"train.train_sampling_strategy": "group_by_length"}
 
 
 def train(out: Path, given: dict, number: int = 0, step: int = 100) -> tuple[int, str]:
@@ -390,7 +385,13 @@ def train(out: Path, given: dict, number: int = 0, step: int = 100) -> tuple[int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(TWO_EPOCHS, id="two epochs, random order"),
+        pytest.param(BY_LENGTH, id="grouped by length", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_that_is_stopped_in_every_way_gives_the_uninterrupted_adapter(given, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     code, printed = train(whole, given)
