@@ -52,6 +52,8 @@ def measure(adapter: Path, base: Path, *options: str) -> dict:
     with tempfile.TemporaryDirectory() as out:
         environment = os.environ | train.OFFLINE | train.QUIET
         done = subprocess.run([*command, "--out", out], env=environment, check=False)
+        if not (Path(out) / "export.json").is_file():
+            raise SystemExit(f"error: the export ended with exit code {done.returncode}")
     unit = 1 if sys.platform == "darwin" else 2**10
     peak = unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     size = (base / "model.safetensors").stat().st_size

@@ -148,6 +148,8 @@ def check_export(
     tokenizer = models.load_tokenizer(config)
     if not tokenizer.chat_template:
         raise ValueError("The tokenizer has no chat template; set model.chat_template.")
+    if isinstance(tokenizer.chat_template, dict):  # an adapter's own, beside the one with markers
+        tokenizer.chat_template = tokenizer.get_chat_template()
     place, revision = sources.fetch(config.model.base, config.model.base_revision, config)
     shape = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     if set(kinds) - {MERGED}:

@@ -180,16 +180,27 @@ def test_a_near_tie_is_named_with_its_gap_and_not_a_failure(exported):
         assert found["equal"] == proof.PROMPTS - 1
 
 
-def test_the_command_exports_and_proves_an_adapter(adapter, tmp_path):
-    done = run_python(
-        "-m", "tools.export", adapter, "--to", "merged", "--out", tmp_path / "out", *DATA
-    )
+def export(adapter, out, form: str) -> list[str]:
+    """Export an adapter by the command, which proves it; the names of the files."""
+    done = run_python("-m", "tools.export", adapter, "--to", form, "--out", out, *DATA)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "20 of 20 responses equal" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "merged"]
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_the_command_exports_and_proves_an_adapter(adapter, tmp_path):
+    assert export(adapter, tmp_path / "out", "merged") == ["export.json", "merged"]
     settings = artifacts.read_json(tmp_path / "out" / "merged" / "generation_config.json")
     assert len(settings["eos_token_id"]) == 2
-    assert "generation %}" not in (tmp_path / "out/merged/chat_template.jinja").read_text("utf-8")
+    texts = [path.read_text("utf-8") for path in (tmp_path / "out" / "merged").rglob("*.jinja")]
+    assert len(texts) == 1 and "generation %}" not in texts[0]
+
+
+@LLAMA
+def test_the_command_exports_and_proves_an_adapter_as_gguf(adapter, tmp_path):
+    assert models.tokenizer_of(str(adapter), None, None).chat_template.keys() >= {"training"}
+    assert export(adapter, tmp_path / "out", "gguf") == [
+        "Modelfile", "export.json", "model-f16.gguf",
+    ]  # fmt: skip
 
 
 def test_an_adapter_of_another_base_is_refused_and_nothing_written(adapter, tmp_path):
