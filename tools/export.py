@@ -18,7 +18,7 @@ from atlas_lib.evaluate import adapter_check
 from atlas_lib.export import gguf_file, package
 from atlas_lib.schema import Config
 
-TOKENIZER = "tokenizer_config.json"  # beside an adapter that brings its own
+TOKENIZER_CONFIG = "tokenizer_config.json"  # beside an adapter that brings its own
 
 
 def main() -> None:
@@ -65,11 +65,11 @@ def of_adapter(adapter: str | Path, overrides: dict[str, Any]) -> Config:
     from peft import PeftConfig
 
     folder = adapter_check.local_folder(
-        adapter, overrides.get("model.adapter_revision"), [adapter_check.SETTINGS, TOKENIZER]
+        adapter, overrides.get("model.adapter_revision"), [adapter_check.SETTINGS, TOKENIZER_CONFIG]
     )
     settings = PeftConfig.from_pretrained(folder)
     base, revision = settings.base_model_name_or_path, settings.revision
-    own = (folder / TOKENIZER).is_file()
+    own = (folder / TOKENIZER_CONFIG).is_file()
     named = {"model.base": base, "model.base_revision": revision}
     named |= {"model.tokenizer": str(adapter) if own else base}
     named |= {"model.tokenizer_revision": None if own else revision}

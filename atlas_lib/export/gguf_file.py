@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("f16", "q8_0", "q4_k_m")
 ARCHITECTURES = ("qwen2", "qwen3", "llama")  # in transformers and in llama.cpp
 # llama.cpp's name of a way to split text before the merges, by a part that only it has.
-SPLITS = {
+PRE_TOKENIZERS = {
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*": "qwen2",
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*": "llama-bpe",
     "'individual_digits': True": "smollm",
@@ -45,12 +45,12 @@ def split_name(tokenizer: "PreTrainedTokenizerBase") -> str:
     """llama.cpp's name of the tokenizer's pre-tokenizer. Raises ValueError."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     regexes = str(parts["pre_tokenizer"]).replace("\\\\", "\\")
-    found = [name for part, name in SPLITS.items() if part in regexes]
+    found = [name for part, name in PRE_TOKENIZERS.items() if part in regexes]
     if parts["model"]["type"] != "BPE" or len(found) != 1:
         raise ValueError(
-            f"The GGUF writer knows byte-level BPE that splits text as {', '.join(SPLITS.values())}"
-            " do, not this tokenizer; export the model as merged, and convert that folder with "
-            "llama.cpp's convert_hf_to_gguf.py."
+            "The GGUF writer knows byte-level BPE with the pre-tokenizers "
+            f"{', '.join(PRE_TOKENIZERS.values())}, not this tokenizer; export the model as merged, "
+            "and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
     return found[0]
 

@@ -44,9 +44,9 @@ def export_model(config: Config, adapter: str | Path, folder: Path, kinds: Seque
     device = evaluated_on(config, adapter)
     tokenizer = check_export(config, adapter, folder, kinds, device)
     model = grid.load_model("SFT", config, device, adapter)
-    text = training_template(config, adapter, tokenizer)
+    text = marked_template(config, adapter, tokenizer)
     count = proof.SCORED if {"q8_0", "q4_k_m"} & set(kinds) else proof.PROMPTS
-    reference = proof.observe(model, tokenizer, text, dev_prompts(config, count), device)
+    reference = proof.observe(model, tokenizer, text, sample_prompts(config, count), device)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
@@ -119,7 +119,7 @@ def place(path: Path, folder: Path, record: dict[str, Any]) -> None:
     known = artifacts.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     known[path.name] = {"file": name, "bytes": size} | record | session.provenance()
     artifacts.write_json(folder / RECORD, known)
-    print(f"{folder / name} ({size:,} bytes)", *proof.described(record), sep="\n  ")
+    print(f"{folder / name} ({size:,} bytes)", *proof.summary_lines(record), sep="\n  ")
 
 
 def evaluated_on(config: Config, adapter: str | Path) -> Device:
@@ -180,7 +180,7 @@ def check_disk(folder: Path, needed: float) -> None:
         )
 
 
-def training_template(
+def marked_template(
     config: Config, adapter: str | Path, tokenizer: "PreTrainedTokenizerBase"
 ) -> str:
     """The chat template from which the adapter was trained, if it was saved beside it."""
@@ -192,7 +192,7 @@ def training_template(
     return named.get("training", tokenizer.chat_template)
 
 
-def dev_prompts(config: Config, count: int) -> list[dict]:
+def sample_prompts(config: Config, count: int) -> list[dict]:
     """`count` dev prompts at equal distances: the tiny model's own, else configs/'s."""
     embedded = config.eval.prompts.startswith(sources.EMBEDDED)
     name = f"{sources.EMBEDDED}dev" if embedded else overlap.DEV_PROMPTS

@@ -19,8 +19,8 @@ KEPT = 5  # likeliest tokens of a step that are remembered
 # differed by at most 0.005 on the trained tiny model and 0.012 on SmolLM2-135M, where the one tie
 # had a gap of 0.007. The bound for bfloat16 follows from its eight bits and has not been measured.
 TIE = {"float32": 0.05, "float16": 0.05, "bfloat16": 0.2}
-WORDS = ("hello", "wörld", "日本", "😀", "ß", " ", "  ", "\n", "\t", "\n\n", "12345")
-WORDS += (
+PIECES = ("hello", "wörld", "日本", "😀", "ß", " ", "  ", "\n", "\t", "\n\n", "12345")
+PIECES += (
     "it's",
     "{{ x }}",
     "<tag>",
@@ -41,7 +41,7 @@ def random_chats(count: int = CHATS) -> list[list[dict]]:
     for _ in range(count):
         roles = ["system"] * (drawn.random() < 0.5)
         roles += ["user", "assistant"] * drawn.randint(0, 3) + ["user"]
-        texts = ["".join(drawn.choices(WORDS, k=drawn.randint(0, 8))) for _ in roles]
+        texts = ["".join(drawn.choices(PIECES, k=drawn.randint(0, 8))) for _ in roles]
         chats.append([{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)])
     return chats
 
@@ -287,7 +287,7 @@ def failures(record: dict[str, Any]) -> Iterator[str]:
         yield "the quantised model follows fewer instructions than the evaluated one"
 
 
-def described(record: dict[str, Any]) -> list[str]:
+def summary_lines(record: dict[str, Any]) -> list[str]:
     """The record in lines."""
     lines = [f"compared by {record['by']}"] if record["by"] else []
     if greedy := record.get("greedy"):

@@ -50,8 +50,8 @@ def exported(config, adapter, tmp_path_factory):
     """(the merged folder, what the evaluated model gives)."""
     device, tokenizer = devices.choose_device(config), models.load_tokenizer(config)
     model = grid.load_model("SFT", config, device, adapter)
-    template = package.training_template(config, adapter, tokenizer)
-    asked = package.dev_prompts(config, proof.PROMPTS)
+    template = package.marked_template(config, adapter, tokenizer)
+    asked = package.sample_prompts(config, proof.PROMPTS)
     reference = proof.observe(model, tokenizer, template, asked, device)
     folder = tmp_path_factory.mktemp("export") / package.MERGED
     package.save_merged(model, tokenizer, folder, config, adapter)
