@@ -49,8 +49,8 @@ def split_name(tokenizer: "PreTrainedTokenizerBase") -> str:
     if parts["model"]["type"] != "BPE" or len(found) != 1:
         raise ValueError(
             "The GGUF writer knows byte-level BPE with the pre-tokenizers "
-            f"{', '.join(PRE_TOKENIZERS.values())}, not this tokenizer; export the model as merged, "
-            "and convert that folder with llama.cpp's convert_hf_to_gguf.py."
+            f"{', '.join(PRE_TOKENIZERS.values())}, not this tokenizer; export the model as "
+            "merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
     return found[0]
 
