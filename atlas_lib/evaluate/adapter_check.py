@@ -14,6 +14,7 @@ from atlas_lib.schema import Config
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -86,11 +87,18 @@ def _weights_of(settings: "PeftConfig", config: Config) -> dict[str, "torch.Tens
     """The weights of such an adapter on the base, by name, as tensors without content."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
+
+    with torch.device("meta"):
+        model = PeftModel(base_without_weights(config), settings)
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def base_without_weights(config: Config) -> "PreTrainedModel":
+    """The base model with tensors without content; only its configuration is read."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place, revision = sources.fetch(config.model.base, config.model.base_revision, config)
     shape = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-        model = PeftModel(bare, settings)
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)

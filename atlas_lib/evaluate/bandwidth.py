@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from atlas_lib import devices, models, sources
+from atlas_lib import devices, models
 from atlas_lib.devices import Device
-from atlas_lib.evaluate import decoding
+from atlas_lib.evaluate import adapter_check, decoding
 from atlas_lib.schema import Config
 
 
@@ -29,12 +29,8 @@ def decoding_work(
     if device.name == "cpu" or config.eval.load_in_4bit or tokens < everything:
         return work | {"share_of_bandwidth": None}
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    place, revision = sources.fetch(config.model.base, config.model.base_revision, config)
-    shape = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, device.dtype))
+    model = adapter_check.base_without_weights(config).to(getattr(torch, device.dtype))
     tokenizer, least = models.load_tokenizer(config), 0
     for benchmark, rows in responses.items():
         for (_, form), some in rows.items():

@@ -135,9 +135,6 @@ def check_export(
     config: Config, adapter: str | Path, folder: Path, kinds: Sequence[str], device: Device
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer. Raises ValueError or OSError for what cannot be exported, before it starts."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     check_packages(kinds)
     if config.eval.load_in_4bit:
         raise ValueError(
@@ -150,14 +147,11 @@ def check_export(
         raise ValueError("The tokenizer has no chat template; set model.chat_template.")
     if isinstance(tokenizer.chat_template, dict):  # an adapter's own, beside the one with markers
         tokenizer.chat_template = tokenizer.get_chat_template()
-    place, revision = sources.fetch(config.model.base, config.model.base_revision, config)
-    shape = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    base = adapter_check.base_without_weights(config)
     if set(kinds) - {MERGED}:
-        gguf_file.check_supported(shape, tokenizer)
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(shape, trust_remote_code=False).num_parameters()
+        gguf_file.check_supported(base.config, tokenizer)
     sizes = [BYTES[kind] for kind in {"f16", *kinds} - {MERGED}] if set(kinds) - {MERGED} else []
-    check_disk(folder, weights * (ITEM[device.dtype] + sum(sizes)))
+    check_disk(folder, base.num_parameters() * (ITEM[device.dtype] + sum(sizes)))
     return tokenizer
 
 
