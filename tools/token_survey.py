@@ -50,6 +50,10 @@ ROWS_EXPLAINED = {  # why rows differ, by family
         "quotes the usual stop token seems to end there by prefixes."
     ),
 }
+COUNTED = (  # over the training rows of a family, which has none if its template has no stop
+    *("rows", "responses", "tokens", "supervised", "straddling", "other_prompts"),
+    *("judged_by_both", "rows_that_differ"),
+)
 STRIPPING = ("phi3",)  # templates whose published tokens swallow the whitespace that follows
 
 
@@ -58,7 +62,7 @@ class Counts:
     """What is counted over the conversations of a family."""
 
     statuses: Counter = field(default_factory=Counter)
-    tokens: Counter = field(default_factory=Counter)  # over the training rows
+    tokens: Counter = field(default_factory=Counter)  # by COUNTED
     trl: Counter = field(default_factory=Counter)
     beyond: Counter = field(default_factory=Counter)  # by the text of what TRL trains
     differences: list[dict[str, Any]] = field(default_factory=list)
@@ -107,7 +111,7 @@ def survey_family(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "eos": tokenizer.eos_token,
         "conversations": counts.statuses.total(),
         "statuses": dict(counts.statuses),
-        **counts.tokens,
+        **{name: counts.tokens[name] for name in COUNTED},
         "differences": counts.differences[:5],
         "trl": trl if auditor.trl_template else None,
     }

@@ -5,7 +5,7 @@ import json
 import pytest
 from checks import ROOT
 
-from tools import template_survey
+from tools import template_survey, token_survey
 from tools.judge_template import StandIn, pieces, survey_template
 from tools.random_chats import Conversations, Shape
 
@@ -108,6 +108,13 @@ def test_conversations_are_reproducible_and_alternate():
 
 def test_pieces_are_the_runs_at_positions():
     assert pieces("abcdef", {0, 1, 4}) == ["ab", "e"]
+
+
+def test_a_family_whose_template_has_no_stop_counts_no_row(tokenizer):
+    token_survey.add_markers(tokenizer, CLOSED_BY_NEXT, rstrip=False)
+    found = token_survey.survey_family(tokenizer)
+    assert found["statuses"] == {"no stop": 500}
+    assert (found["rows"], found["rows_that_differ"]) == (0, 0)
 
 
 @pytest.fixture(scope="module")
