@@ -35,7 +35,7 @@ eval: setup             ## base, SFT and Instruct on IFEval, on a GPU
 test: .venv/dev.stamp   ## all tests that need only Python
 	@$(PYTEST) $(ARGS)
 
-test-all: .venv/dev.stamp  ## also long variants, and what needs package registries or PostgreSQL
+test-all: .venv/dev.stamp  ## also long tests, and what needs package registries or PostgreSQL
 	@ATLAS_TEST_DOWNLOADS=1 $(PYTEST) $(ARGS)
 
 lint: .venv/dev.stamp   ## check the style of the code, and style and pairing of the notebooks

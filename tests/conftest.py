@@ -19,7 +19,7 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker("network"):
         pytest.skip("NOT TESTED: it downloads from a package registry, as `make test-all` may")
     if item.get_closest_marker("long"):
-        pytest.skip("NOT TESTED: a long variant of another test, which `make test-all` runs")
+        pytest.skip("NOT TESTED: a long test, which `make test-all` runs")
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ def test_the_command_is_valid_as_it_stands():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_another_model_and_a_local_jsonl(trained_tokenizer, tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -175,22 +175,26 @@ def start_tiny(out: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen([*command, *TINY_ARGS, *arguments], cwd=ROOT, **pipes)
 
 
-@pytest.mark.parametrize("seconds", [0, pytest.param(14, marks=pytest.mark.long)])
-def test_of_two_runs_in_one_out_one_ends_and_the_other_names_it(seconds, tmp_path):
+@pytest.mark.parametrize(
+    ("seconds", "stages"),
+    [(0, STAGES[:2]), pytest.param(14, STAGES, marks=pytest.mark.long)],
+    ids=["at once", "later"],
+)
+def test_of_two_runs_in_one_out_one_ends_and_the_other_names_it(seconds, stages, tmp_path):
     runs = []
     for _ in range(2):
         time.sleep(seconds * len(runs))
-        runs.append(start_tiny(tmp_path))
+        runs.append(start_tiny(tmp_path, *stages))
     texts = [run.communicate() for run in runs]
     finished, refused = sorted(range(2), key=lambda n: runs[n].returncode)
     assert [runs[finished].returncode, runs[refused].returncode] == [0, 1], texts
     [sentence] = texts[refused][1].splitlines()
     assert f"is in use by process {runs[finished].pid} on " in sentence
-    assert len(read(tmp_path / "metrics.json")) == 4
+    assert sorted(path.parent.name for path in tmp_path.glob("*/manifest.json")) == stages
 
 
 def test_ctrl_c_ends_the_run_and_its_notebook_with_a_sentence(tmp_path):
-    run = start_tiny(tmp_path)
+    run = start_tiny(tmp_path, *STAGES[:3])
     for line in run.stdout:
         if "the labels in the batches" in line:
             break
@@ -203,7 +207,7 @@ def test_ctrl_c_ends_the_run_and_its_notebook_with_a_sentence(tmp_path):
     assert errors.splitlines()[-1] == sentence
     assert "Traceback" not in errors
     assert psutil.wait_procs(children, timeout=5)[1] == []
-    done = run_tiny(tmp_path)
+    done = run_tiny(tmp_path, *STAGES[:3])
     assert done.returncode == 0, done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".part"]
 
@@ -234,11 +238,12 @@ def test_a_bfloat16_adapter_stops_the_notebook(tmp_path):
 
 
 def test_a_failing_notebook_is_named_kept_and_not_reused(tmp_path):
-    error = last_line(run_tiny(tmp_path, "--set", "eval.prompts=nowhere.jsonl"))
-    assert error.startswith("error: 04_ifeval_eval stopped: nowhere.jsonl does not exist")
-    assert "notebooks/04_ifeval_eval.ipynb" in error
-    assert (tmp_path / "notebooks" / "04_ifeval_eval.ipynb").is_file()
-    assert not (tmp_path / "metrics.json").exists()
+    for _ in range(2):
+        error = last_line(run_tiny(tmp_path, "--set", "data.dataset=nowhere.jsonl"))
+        assert error.startswith("error: 01_data_prep stopped: nowhere.jsonl does not exist")
+        assert "notebooks/01_data_prep.ipynb" in error
+    assert (tmp_path / "notebooks" / "01_data_prep.ipynb").is_file()
+    assert not (tmp_path / "01_data_prep").exists()
 
 
 def test_the_full_recipe_without_a_gpu_is_refused_at_once(tmp_path):
