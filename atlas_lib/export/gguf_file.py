@@ -133,6 +133,8 @@ def _add_vocabulary(
     writer.add_token_types([kinds.get(i, gguf.TokenType.NORMAL) for i in range(size)])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)  # what a template calls bos_token
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # the chat template writes one if the model wants it

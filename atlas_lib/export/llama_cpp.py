@@ -37,7 +37,10 @@ class LlamaServer:
         return self._ask("tokenize", content=text, parse_special=True, add_special=True)["tokens"]
 
     def complete(self, prompt: str, cap: int) -> dict[str, Any]:
-        """{"content", "tokens" with the stop, "logprobs" of each, "stopped" before the cap}."""
+        """{"content", "tokens" with the stop, "logprobs" of each, "stopped" before the cap}.
+
+        llama.cpp gives no log p for a token that ends inside a character; it is None.
+        """
         found = self._ask(
             "completion",
             prompt=prompt,
@@ -47,10 +50,14 @@ class LlamaServer:
             cache_prompt=False,  # a reused prefix is computed in another shape of batch
             n_probs=1,
         )
+        steps, logprobs = found["completion_probabilities"], []
+        for token in found["tokens"]:
+            known = steps and steps[0]["id"] == token
+            logprobs.append(steps.pop(0)["logprob"] if known else None)
         return {
             "content": found["content"],
             "tokens": found["tokens"],
-            "logprobs": [step["logprob"] for step in found["completion_probabilities"]],
+            "logprobs": logprobs,
             "stopped": found["stop_type"] == "eos",
         }
 

@@ -241,7 +241,8 @@ def _log_p_difference(reference: Reference, found: list[dict]) -> float:
         ):
             if token != got:
                 break
-            worst = max(worst, abs(likeliest[token] - logprob))
+            if logprob is not None:
+                worst = max(worst, abs(likeliest[token] - logprob))
     return worst
 
 

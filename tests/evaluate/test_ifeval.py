@@ -2,15 +2,18 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from checks import refusal
+import stub_hub
+from checks import refusal, run_python
 from ifeval_cases import prompt, python, random_adapter, verdict, write
 from tiny import TINY
 
 from atlas_lib import artifacts
 from atlas_lib.config import load_config
 from atlas_lib.evaluate import command, ifeval, ifeval_files, significance
+from atlas_lib.standin import tiny_model
 
 # --- summaries
 
@@ -368,3 +371,26 @@ def test_two_models_are_evaluated_and_compared_by_one_command(tmp_path, capsys):
     artifacts.write_jsonl(tmp_path / "b.jsonl", [verdict(key, True) for key in range(12)])
     code, _, error = run_command(capsys, "compare", "embedded:base", tmp_path / "b.jsonl", *options)
     assert code == 1 and "not of the same prompts" in error
+
+
+def test_a_model_and_an_adapter_of_the_hub_are_compared(tmp_path):
+    config = load_config("sft_qwen05b", "offline", TINY)
+    folders = {
+        "team/model": Path(tiny_model.build("base", config)),
+        "team/adapter": random_adapter(config, tmp_path / "adapter"),
+    }
+    command = ["compare", *folders, "--overlay", "offline", "--out", tmp_path / "out"]
+    command += [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    command += ["--json", tmp_path / "report.json"]
+    with stub_hub.serve() as hub:
+        for name, folder in folders.items():
+            hub.hold(name, private=False)
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            names = [path.relative_to(folder).as_posix() for path in files]
+            hub.files[name] = {n: p.read_bytes() for n, p in zip(names, files, strict=True)}
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": stub_hub.TOKEN}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = run_python("-m", "atlas_lib.ifeval", *command, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("12 to generate") == 2
+    assert json.loads((tmp_path / "report.json").read_text())["n"] == 12

@@ -15,7 +15,7 @@ import loopback
 
 TOKEN = "hf_canary2f9c1d"
 USER, ORGANISATION = "alice", "team"
-COMMIT = "0123456789" * 4  # of every data set
+COMMIT = "0123456789" * 4  # of every repository
 # What `Hub.faults` may hold, and the answer that it plants.
 FAULTS = (
     "bad token",  # 401 to every question
@@ -102,8 +102,10 @@ class Hub:
             modes = {"uploadMode": "regular", "shouldIgnore": False}
             files = json.loads(body)["files"]
             return 200, {"files": [{"path": file["path"], **modes} for file in files]}
+        if what == "tree":
+            return 200, tree(self.files[repo])
         if what not in ("auth-check", "commit"):
-            found = {"id": repo, "sha": "0" * 40, "private": self.private[repo]}
+            found = {"id": repo, "sha": COMMIT, "private": self.private[repo]}
             return 200, found | {"tags": [], "siblings": []}
         own = repo.split("/")[0] in (USER, ORGANISATION)
         if not own or self.role == "read" or "no write" in self.faults:
@@ -120,8 +122,7 @@ class Hub:
             found = files.get("/".join(file))
             return (404, "Entry not found") if found is None else (200, found)
         if what == "tree":
-            entry = {"type": "file", "oid": "0" * 40}
-            return 200, [entry | {"path": path, "size": len(files[path])} for path in files]
+            return 200, tree(files)
         return 200, {"id": f"{owner}/{name}", "sha": commit, "private": False, "siblings": []}
 
     def commit(self, repo: str, body: bytes) -> tuple[int, Any]:
@@ -133,6 +134,12 @@ class Hub:
                 self.files[repo][value["path"]] = base64.b64decode(value["content"])
         oid = hashlib.sha1(body).hexdigest()
         return 200, {"commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
+
+
+def tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """A repository's files, as the hub lists them."""
+    entry = {"type": "file", "oid": "0" * 40}
+    return [entry | {"path": path, "size": len(content)} for path, content in files.items()]
 
 
 def body_of(request: BaseHTTPRequestHandler) -> bytes:
