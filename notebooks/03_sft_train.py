@@ -365,8 +365,9 @@ for number, prompt in enumerate(prompts):
     print(f"prompt  {prompt}")
     for entry in sampled:
         print(f"  step {entry['step']:>4}  {entry['sampled'][number][:300]!r}")
-share = watch.seconds / result.metrics["train_runtime"]
-print(f"these measurements and responses took {share:.1%} of the training's time")
+runtime = result.metrics["train_runtime"]
+shares = [f"{name} {seconds / runtime:.1%}" for name, seconds in watch.seconds.items()]
+print(f"share of the training's time: {', '.join(shares)}")
 
 # %% [markdown]
 # ## The EOS rate

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 KINDS = ("first", "content", "stop")
-ROWS, TIMES, MOMENTS = 4, 16, 5  # validation rows; measurements in a training; sets of responses
+ROWS, TIMES, MOMENTS = 4, 12, 5  # validation rows; measurements in a training; sets of responses
 CONTENT = 64  # content tokens of a row, evenly spaced: the logits of all would fill a T4
 
 
@@ -38,7 +38,7 @@ class KindLosses(TrainerCallback):
         self.rows = [row for row, _ in zip(rows, range(ROWS), strict=False)]
         self.kinds = [kinds_of(row["labels"], stop_id) for row in self.rows]
         self.respond = respond
-        self.seconds = 0.0  # spent in this process
+        self.seconds = {"losses": 0.0, "responses": 0.0}  # spent in this process
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
@@ -53,10 +53,12 @@ class KindLosses(TrainerCallback):
         begun = time.monotonic()
         model.eval()  # the trainer switches back at its next step
         entry = {"step": state.global_step, **self.losses(model)}
+        measured = time.monotonic()
         if with_responses:
             entry["sampled"] = [response["response"] for response in self.respond(model)]
         state.log_history.append(entry)
-        self.seconds += time.monotonic() - begun
+        self.seconds["losses"] += measured - begun
+        self.seconds["responses"] += time.monotonic() - measured
 
     def losses(self, model: Any) -> dict[str, float]:
         """{"loss_<kind>": mean of -log p over the tokens of that kind}."""
