@@ -69,7 +69,7 @@ def write_gguf(folder: Path, target: Path, quantization: str, name: str) -> None
     writer = gguf.GGUFWriter(target, shape.model_type)
     _add_settings(writer, shape, name, quantization)
     _add_vocabulary(writer, tokenizer, shape.vocab_size)
-    choose, encode = _types(quantization, shape.num_hidden_layers)
+    choose, encode = _types(quantization, shape)
     plan = []
     for label, array in _tensors(folder, shape):
         kind = gguf.GGMLQuantizationType[choose(label, array.shape)]
@@ -165,14 +165,16 @@ def _interleave(array: "np.ndarray", heads: int) -> "np.ndarray":
     return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def _types(quantization: str, layers: int) -> tuple[Callable[..., str], Callable[..., Any]]:
+def _types(
+    quantization: str, model: "PreTrainedConfig"
+) -> tuple[Callable[..., str], Callable[..., Any]]:
     """How a tensor's type follows from its name and shape, and how it is encoded."""
     encode = _quantiser() if quantization == "q4_k_m" else _encode
 
     def choose(name: str, shape: tuple[int, ...]) -> str:
         if len(shape) == 1:
             return "F32"
-        kind = {"f16": "F16", "q8_0": "Q8_0", "q4_k_m": _mixed(name, layers)}[quantization]
+        kind = {"f16": "F16", "q8_0": "Q8_0", "q4_k_m": q4_k_m_type(name, model)}[quantization]
         while shape[-1] % {"Q4_K": 256, "Q6_K": 256, "Q8_0": 32, "Q5_0": 32}.get(kind, 1):
             kind = FALLBACK.get(kind, "F16")
         return kind
@@ -180,11 +182,13 @@ def _types(quantization: str, layers: int) -> tuple[Callable[..., str], Callable
     return choose, encode
 
 
-def _mixed(name: str, layers: int) -> str:
+def q4_k_m_type(name: str, model: "PreTrainedConfig") -> str:
     """The type that llama.cpp's Q4_K_M gives a matrix: six bits where errors cost most."""
-    if name in ("token_embd.weight", "output.weight"):
-        return "Q6_K"
-    layer, eighth = int(name.split(".")[1]), layers // 8
+    output = "token_embd.weight" if model.tie_word_embeddings else "output.weight"
+    if not name.startswith("blk."):
+        return "Q6_K" if name == output else "Q4_K"
+    layers, layer = model.num_hidden_layers, int(name.split(".")[1])
+    eighth = layers // 8
     more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
     return "Q6_K" if more and ("attn_v" in name or "ffn_down" in name) else "Q4_K"
 

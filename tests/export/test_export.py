@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checks import refusal, run_python
@@ -300,6 +301,23 @@ def test_go_renders_the_modelfile_as_the_training_template(tokenizer, tmp_path):
 
 
 # --- llama.cpp ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"),
+    [(2, {1}), (12, {0, 3, 6, 9, 10, 11}), (24, {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23})],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_get_the_types_that_llama_quantize_gives_them(layers, more, tied):
+    """The layers are those of llama-quantize, of the sources of llama-cpp-python 0.3.36."""
+    model = SimpleNamespace(num_hidden_layers=layers, tie_word_embeddings=tied)
+    for part in ("attn_v", "ffn_down", "attn_q", "attn_k", "attn_output", "ffn_up", "ffn_gate"):
+        kinds = [gguf_file.q4_k_m_type(f"blk.{n}.{part}.weight", model) for n in range(layers)]
+        sixes = {n for n, kind in enumerate(kinds) if kind == "Q6_K"}
+        assert sixes == (more if part in ("attn_v", "ffn_down") else set())
+    output = {"token_embd.weight": "Q6_K"}  # which is the output as well
+    output = output if tied else {"token_embd.weight": "Q4_K", "output.weight": "Q6_K"}
+    assert {name: gguf_file.q4_k_m_type(name, model) for name in output} == output
 
 
 @LLAMA
