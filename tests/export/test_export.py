@@ -333,6 +333,20 @@ def test_a_quantised_file_is_scored_beside_the_unquantised_model(kind, config, a
 
 
 @LLAMA
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_model_evaluated_in_half_precision_is_exported_in_it(
+    precision, config, adapter, tmp_path
+):
+    run = Path(shutil.copytree(adapter, tmp_path / "03_sft_train" / "adapter")).parent
+    artifacts.write_json(run / "summary.json", {"precision": precision})
+    assert package.export_model(config, run / "adapter", tmp_path / "out", ["merged", "f16"])
+    weights = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{precision}"}
+    record = artifacts.read_json(tmp_path / "out" / "export.json")["model-f16.gguf"]
+    assert record["log_p_difference"] < record["greedy"]["tie_below"]
+
+
+@LLAMA
 @pytest.mark.network
 @pytest.mark.parametrize("kind", ["merged", "f16"])
 def test_smollm2_is_exported_and_proved(kind, tmp_path):
